@@ -1,0 +1,31 @@
+"""Fused MoE routing, clamped SwiGLU, NVFP4 GEMMs and FP8-KV paged attention, and a Step-3.7 that runs on them."""
+
+from .nvfp4 import NVFP4Experts, NVFP4Weight
+from .ops import (
+    kv_append,
+    moe_topk,
+    nvfp4_dequantize,
+    nvfp4_linear,
+    nvfp4_moe,
+    nvfp4_quantize,
+    paged_attention,
+    swiglu,
+)
+from .registry import explain, force
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NVFP4Experts",
+    "NVFP4Weight",
+    "explain",
+    "force",
+    "kv_append",
+    "moe_topk",
+    "nvfp4_dequantize",
+    "nvfp4_linear",
+    "nvfp4_moe",
+    "nvfp4_quantize",
+    "paged_attention",
+    "swiglu",
+]

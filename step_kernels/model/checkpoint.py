@@ -1,0 +1,182 @@
+"""Reading a checkpoint folder: every tensor of every shard, by header, and only the bytes asked for.
+
+The index file is not trusted (the FP8 release's omits its scales); it only says which shards must be there.
+Names are given in one scheme, the BF16 release's: `model.layers.N...`, `vision_model...`, `lm_head.weight`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+_HEADER_MAX = 100 << 20  # bytes, the safetensors library's own limit
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message names the file or tensor, what it holds and what was wanted."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: its name in the file, its file, and the bytes [begin, end) of that file."""
+
+    stored_name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: not readable as JSON: {e}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: got a JSON {type(data).__name__}, wanted an object")
+    return data
+
+
+def canonical(name: str) -> str:
+    """The BF16 release's name of a tensor or module stored under any of the known prefixes."""
+    for prefix in ("model.language_model.", "language_model.model."):
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
+    if name.startswith("language_model."):
+        return name.removeprefix("language_model.")
+    if name.startswith(("model.vision_model", "model.vit_large_projector", "model.lm_head")):
+        return name.removeprefix("model.")
+    return name
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """Entries of one safetensors file under their stored names, checked against the file's size."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            start = f.read(8)
+            if len(start) < 8:
+                raise CheckpointError(f"{file}: got {size} bytes, wanted a safetensors file (8 bytes of header length)")
+            (length,) = struct.unpack("<Q", start)
+            if length > min(size - 8, _HEADER_MAX):
+                raise CheckpointError(f"{file}: header length {length} exceeds the file ({size} bytes) or the limit")
+            header = json.loads(f.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: not found") from None
+    except OSError as e:
+        raise CheckpointError(f"{file}: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{file}: the header is not JSON: {e}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the header is a JSON {type(header).__name__}, wanted an object")
+    header.pop("__metadata__", None)
+    entries, data = {}, 8 + length
+    for name, info in header.items():
+        try:
+            dtype, shape, (begin, end) = DTYPES.get(info["dtype"]), tuple(info["shape"]), info["data_offsets"]
+            sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{file}: {name}: the header lacks dtype, shape or data_offsets") from None
+        if dtype is None:
+            raise CheckpointError(f"{file}: {name}: dtype {info['dtype']}, wanted one of {', '.join(DTYPES)}")
+        count = 1
+        for n in shape if sound else ():
+            count *= n
+        if not sound or end - begin != count * dtype.itemsize:
+            raise CheckpointError(f"{file}: {name}: bytes {begin} to {end} do not hold {info['dtype']} {list(shape)}")
+        if data + end > size:
+            raise CheckpointError(f"{file}: {name}: ends at byte {data + end}, the file has {size} (truncated?)")
+        entries[name] = Entry(name, file, dtype, shape, data + begin, data + end)
+    last = None
+    for entry in sorted(entries.values(), key=lambda e: (e.begin, e.end)):
+        if last is not None and entry.begin < last.end:
+            raise CheckpointError(f"{file}: {last.stored_name} and {entry.stored_name} overlap")
+        last = entry
+    return entries
+
+
+class Checkpoint:
+    """A checkpoint folder opened for reading. `entries` maps canonical names to where the bytes lie."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: not a folder")
+        self.config = read_json(self.folder / "config.json")
+        files = sorted(self.folder.glob("*.safetensors"))
+        index = self.folder / INDEX
+        if index.exists():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+                raise CheckpointError(f"{index}: weight_map is missing or not a map of names")
+            for shard in sorted(set(shards.values()) - {f.name for f in files}):
+                raise CheckpointError(f"{self.folder / shard}: not found, but {INDEX} lists it")
+        if not files:
+            raise CheckpointError(f"{self.folder}: no *.safetensors file in it")
+        self.entries: dict[str, Entry] = {}
+        for file in files:
+            for name, entry in read_header(file).items():
+                known = self.entries.setdefault(canonical(name), entry)
+                if known is not entry:
+                    raise CheckpointError(f"{file}: {name} is also in {known.file.name} as {known.stored_name}")
+        if index.exists():
+            for name in shards:
+                if canonical(name) not in self.entries:
+                    raise CheckpointError(f"{self.folder / shards[name]}: {name} is missing, but {INDEX} lists it")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def entry(self, name: str) -> Entry:
+        """The entry of a canonical name."""
+        try:
+            return self.entries[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing") from None
+
+    def read(self, name: str, begin: int | None = None, end: int | None = None) -> Tensor:
+        """The tensor as stored, on the CPU; with `begin` and `end`, that range of its first dimension alone."""
+        entry = self.entry(name)
+        shape, first, last = entry.shape, entry.begin, entry.end
+        if begin is not None:
+            if not 0 <= begin <= end <= shape[0]:
+                raise CheckpointError(f"{name}: got the range {begin} to {end}, wanted one within {shape[0]}")
+            row = (last - first) // shape[0] if shape[0] else 0
+            first, last = first + begin * row, first + end * row
+            shape = (end - begin, *shape[1:])
+        if first == last:
+            return torch.empty(shape, dtype=entry.dtype)
+        buffer = torch.empty(last - first, dtype=torch.uint8)
+        try:
+            with entry.file.open("rb", buffering=0) as f:
+                f.seek(first)
+                view, got = memoryview(buffer.numpy()), 0
+                while got < len(view):
+                    n = f.readinto(view[got : got + (1 << 30)])
+                    if not n:
+                        raise CheckpointError(f"{entry.file}: {name}: the file ends early (changed while being read?)")
+                    got += n
+        except OSError as e:
+            raise CheckpointError(f"{entry.file}: {name}: {e.strerror}") from None
+        return buffer.view(entry.dtype).reshape(shape)

@@ -1,0 +1,252 @@
+"""config.json, checked and resolved: what each layer is, with nothing left to look up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import CheckpointError, read_json
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """llama3 frequency scaling."""
+
+    factor: float
+    original_max: float
+    low_freq: float
+    high_freq: float
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One decoder layer. window: keys a token sees, itself included; limits: None where nothing is clamped."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+    rope_theta: float
+    rotary_dim: int
+    rope_scaling: RopeScaling | None
+    moe: bool
+    limit: float | None
+    shared_limit: float | None
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The perception encoder; sizes in pixels, tokens a view after the two downsamplers."""
+
+    image_size: int
+    crop_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    image_tokens: int
+    crop_tokens: int
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """A Step-3.5 (text) or Step-3.7 (text and images) model. `layers` holds the trunk's, then the MTP layers."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_mtp: int
+    layers: tuple[LayerConfig, ...]
+    rms_norm_eps: float
+    max_positions: int
+    num_experts: int
+    top_k: int
+    moe_intermediate_size: int
+    share_expert_dim: int
+    router_scale: float
+    bos_id: int
+    eos_ids: tuple[int, ...]
+    image_token_id: int | None
+    vision: VisionConfig | None
+
+    @classmethod
+    def read(cls, path: str | Path) -> StepConfig:
+        """From a config.json or the folder that holds it."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        return cls.from_dict(read_json(path), str(path))
+
+    @classmethod
+    def from_dict(cls, data: dict, source: str = "config.json") -> StepConfig:
+        """From the parsed JSON; `source` names it in errors."""
+        top = _Fields(data, source)
+        text = top.part("text_config") if "text_config" in data else top
+        kind = text.get("model_type", "step3p5", str)
+        if kind not in ("step3p5", "step3p7"):
+            raise CheckpointError(f"{source}: model_type is {kind!r}, wanted step3p5 or step3p7")
+        num_layers = text.size("num_hidden_layers")
+        num_mtp = text.get("num_nextn_predict_layers", 0, int)
+        layers = _layers(text, num_layers, num_mtp)
+        eos = text.data.get("eos_token_id", data.get("eos_token_id"))
+        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        if not all(type(e) is int for e in eos):
+            raise CheckpointError(f"{source}: eos_token_id is {eos}, wanted a token id or a list of them")
+        config = cls(
+            vocab_size=text.size("vocab_size"),
+            hidden_size=text.size("hidden_size"),
+            intermediate_size=text.size("intermediate_size"),
+            num_layers=num_layers,
+            num_mtp=num_mtp,
+            layers=layers,
+            rms_norm_eps=text.get("rms_norm_eps", 1e-5, float),
+            max_positions=text.size("max_position_embeddings"),
+            num_experts=text.size("moe_num_experts"),
+            top_k=text.size("moe_top_k"),
+            moe_intermediate_size=text.size("moe_intermediate_size"),
+            share_expert_dim=text.size("share_expert_dim"),
+            router_scale=text.number("moe_router_scaling_factor"),
+            bos_id=text.get("bos_token_id", 0, int),
+            eos_ids=tuple(eos),
+            image_token_id=top.get("image_token_id", None, int),
+            vision=_vision(top) if "vision_config" in data else None,
+        )
+        if config.top_k > config.num_experts:
+            raise CheckpointError(f"{source}: moe_top_k is {config.top_k}, more than {config.num_experts} experts")
+        if config.vision and config.image_token_id is None:
+            raise CheckpointError(f"{source}: vision_config is there but image_token_id is missing")
+        return config
+
+
+class _Fields:
+    """A JSON object whose fields are read with a type check; errors name file, field, value and what was wanted."""
+
+    def __init__(self, data: dict, source: str, prefix: str = ""):
+        self.data, self.source, self.prefix = data, source, prefix
+
+    def fail(self, name: str, wanted: str):
+        found = f"is {self.data[name]!r}" if name in self.data else "is missing"
+        raise CheckpointError(f"{self.source}: {self.prefix}{name} {found}, wanted {wanted}")
+
+    def part(self, name: str) -> _Fields:
+        if not isinstance(self.data.get(name), dict):
+            self.fail(name, "an object")
+        return _Fields(self.data[name], self.source, f"{self.prefix}{name}.")
+
+    def get(self, name: str, default, kind: type):
+        value = self.data.get(name)
+        if value is None:
+            return default
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            self.fail(name, {int: "an integer", float: "a number", str: "a string"}.get(kind, kind.__name__))
+        return value
+
+    def size(self, name: str) -> int:
+        value = self.data.get(name)
+        if type(value) is not int or value < 1:
+            self.fail(name, "a positive integer")
+        return value
+
+    def number(self, name: str) -> float:
+        if type(self.data.get(name)) not in (int, float):
+            self.fail(name, "a number")
+        return float(self.data[name])
+
+    def per_layer(self, name: str, count: int, kind: tuple[type, ...], default=None) -> list:
+        """A list of `count` values: from a list (short ones, of the first NVFP4 upload, padded with None) or a scalar."""
+        value = self.data.get(name, default)
+        if not isinstance(value, list):
+            value = [value] * count
+        if any(v is not None and type(v) not in kind for v in value):
+            self.fail(name, f"{' or '.join(k.__name__ for k in kind)}, or a list of them")
+        return (value + [None] * count)[:count]
+
+
+def _layers(text: _Fields, trunk: int, mtp: int) -> tuple[LayerConfig, ...]:
+    count = trunk + mtp
+    types = text.per_layer("layer_types", count, (str,))
+    if len(text.data.get("layer_types") or []) < trunk or set(types[:trunk]) - {FULL, SLIDING}:
+        text.fail("layer_types", f"a list of {trunk} or more of {FULL}, {SLIDING}")
+    types = [t or SLIDING for t in types]  # MTP layers slide
+    if SLIDING in types:
+        text.size("sliding_window")
+    thetas = text.per_layer("rope_theta", count, (int, float), 1e4)
+    rotary = text.per_layer("partial_rotary_factors", count, (int, float), 1.0)
+    limits = text.per_layer("swiglu_limits", count, (int, float))
+    shared = text.per_layer("swiglu_limits_shared", count, (int, float))
+    enum = text.data.get("moe_layers_enum")
+    try:
+        moe = {int(i) for i in (enum.split(",") if isinstance(enum, str) else enum)} if enum else set()
+    except (TypeError, ValueError):
+        text.fail("moe_layers_enum", "a list of layer numbers, or a string of them with commas")
+    if not text.get("use_head_wise_attn_gate", True, bool):
+        text.fail("use_head_wise_attn_gate", "true")
+    if text.get("moe_router_activation", "sigmoid", str) != "sigmoid":
+        text.fail("moe_router_activation", "sigmoid")
+    scaling, scaled_types = _rope_scaling(text), text.data.get("yarn_only_types") or [FULL]
+    other = text.part("attention_other_setting") if "attention_other_setting" in text.data else text
+    layers = []
+    for i, kind in enumerate(types):
+        fields = other if kind == SLIDING else text
+        head_dim = fields.size("head_dim")
+        theta = thetas[i] if thetas[i] is not None else thetas[types.index(kind)]
+        share = rotary[i] if rotary[i] is not None else rotary[types.index(kind)]
+        layers.append(
+            LayerConfig(
+                heads=fields.size("num_attention_heads"),
+                kv_heads=fields.size("num_attention_groups"),
+                head_dim=head_dim,
+                window=text.size("sliding_window") if kind == SLIDING else None,
+                rope_theta=float(theta),
+                rotary_dim=int(head_dim * share),
+                rope_scaling=scaling if kind in scaled_types else None,
+                moe=i in moe and i < trunk,
+                limit=limits[i] or None,
+                shared_limit=shared[i] or None,
+            )
+        )
+        if layers[-1].heads % layers[-1].kv_heads:
+            fields.fail("num_attention_heads", f"a multiple of num_attention_groups = {layers[-1].kv_heads}")
+    return tuple(layers)
+
+
+def _rope_scaling(text: _Fields) -> RopeScaling | None:
+    name = "rope_scaling" if text.data.get("rope_scaling") else "rope_parameters"
+    if not text.data.get(name):
+        return None
+    fields = text.part(name)
+    if fields.get("rope_type", "default", str) == "default":
+        return None
+    if fields.data["rope_type"] != "llama3":
+        fields.fail("rope_type", "llama3 or default")
+    names = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    return RopeScaling(*(fields.number(n) for n in names))
+
+
+def _vision(top: _Fields) -> VisionConfig:
+    fields = top.part("vision_config")
+    patch, width = fields.size("patch_size"), fields.size("width")
+    image_tokens = top.get("image_token_len", 169, int)
+    crop_tokens = top.get("patch_token_len", 81, int)
+    # Two stride-2 downsamplers: a view of g x g tokens is g * 4 patches wide (169 -> 728, 81 -> 504 pixels).
+    crop_size = round(crop_tokens**0.5) * 4 * patch
+    if image_tokens != (fields.size("image_size") // (4 * patch)) ** 2:
+        top.fail("image_token_len", f"the square of image_size / {4 * patch}")
+    if (crop_size // (4 * patch)) ** 2 != crop_tokens:
+        top.fail("patch_token_len", "a square number")
+    return VisionConfig(
+        image_size=fields.size("image_size"),
+        crop_size=crop_size,
+        patch_size=patch,
+        width=width,
+        layers=fields.size("layers"),
+        heads=fields.size("heads"),
+        mlp_width=round(width * fields.get("mlp_ratio", 8960 / 1536, float)),
+        image_tokens=image_tokens,
+        crop_tokens=crop_tokens,
+    )

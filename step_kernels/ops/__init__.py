@@ -1,0 +1,20 @@
+"""One file an op: what it computes, what it accepts, and which kernels serve it."""
+
+from .kv_append import kv_append
+from .moe_topk import moe_topk
+from .nvfp4_linear import nvfp4_linear
+from .nvfp4_moe import nvfp4_moe
+from .nvfp4_quantize import nvfp4_dequantize, nvfp4_quantize
+from .paged_attention import paged_attention
+from .swiglu import swiglu
+
+__all__ = [
+    "kv_append",
+    "moe_topk",
+    "nvfp4_dequantize",
+    "nvfp4_linear",
+    "nvfp4_moe",
+    "nvfp4_quantize",
+    "paged_attention",
+    "swiglu",
+]

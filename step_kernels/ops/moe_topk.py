@@ -1,0 +1,49 @@
+"""Step's router: sigmoid scores, a bias for selection only, top-k, renormalised and scaled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registry import Kernel, define, expect
+
+
+def _check(logits, bias, top_k, scale):
+    expect("logits", logits, (None, None), torch.float32)
+    expect("bias", bias, (logits.shape[1],), torch.float32)
+    if not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(f"top_k: got {top_k}, wanted 1 to {logits.shape[1]} (the number of experts)")
+
+
+def _fake(logits, bias, top_k, scale):
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int32)
+
+
+def _cuda(*args):
+    from ..cuda.moe_topk import launch
+
+    return launch(*args)
+
+
+def _cuda_refuses(logits, bias, top_k, scale):
+    from ..cuda.moe_topk import MAX_EXPERTS, MAX_TOP_K
+
+    if logits.shape[1] > MAX_EXPERTS or top_k > MAX_TOP_K:
+        return f"takes at most {MAX_EXPERTS} experts and top {MAX_TOP_K}, got {logits.shape[1]} and {top_k}"
+
+
+@define(check=_check, fake=_fake, kernels=(Kernel("cuda", _cuda, package="cuda.bindings", refuse=_cuda_refuses),))
+def moe_topk(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor]:
+    """f32 [tokens, experts], f32 [experts] -> weights f32 [tokens, top_k], ids i32 [tokens, top_k].
+
+    Scores are p = sigmoid(logits); the top_k of p + bias are selected, best first, ties by lower id, NaN
+    last; a weight is p (without bias) over the selected sum, times `scale`. The formula: MoE gate of the
+    Step-3.7-Flash release, all in f32.
+    """
+    scores = logits.sigmoid()
+    ranked = (scores + bias).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    ids = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = scores.gather(1, ids)
+    weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * scale
+    return weights, ids.int()

@@ -1,0 +1,92 @@
+"""The routed experts: sum over a token's experts of weight * down(swiglu(gate_up(x)))."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..nvfp4 import BLOCK, NVFP4Experts, NVFP4Weight
+from ..registry import define, expect
+from .swiglu import FLOATS, swiglu
+
+
+def _check(
+    x, weights, ids, gate_up_codes, gate_up_scales, gate_up_global_scale, down_codes, down_scales, down_global_scale,
+    limit=None,
+):  # fmt: skip
+    expect("x", x, (None, None), FLOATS)
+    tokens, hidden = x.shape
+    expect("weights", weights, (tokens, None), torch.float32)
+    expect("ids", ids, tuple(weights.shape), torch.int32)
+    expect("experts.gate_up.codes", gate_up_codes, (None, None, hidden // 2), torch.uint8)
+    count, double = gate_up_codes.shape[:2]
+    if double % 2 or hidden % BLOCK or double // 2 % BLOCK:
+        raise ValueError(f"experts.gate_up: got shape {[count, double, hidden]}, wanted [experts, 2 * inner, hidden], "
+                         f"inner and hidden multiples of {BLOCK}")  # fmt: skip
+    expect("experts.gate_up.scales", gate_up_scales, (count, double, hidden // BLOCK), torch.float8_e4m3fn)
+    parts = () if gate_up_global_scale.dim() < 2 else (2,)
+    expect("experts.gate_up.global_scale", gate_up_global_scale, (count, *parts), torch.float32)
+    expect("experts.down.codes", down_codes, (count, hidden, double // 4), torch.uint8)
+    expect("experts.down.scales", down_scales, (count, hidden, double // 2 // BLOCK), torch.float8_e4m3fn)
+    expect("experts.down.global_scale", down_global_scale, (count,), torch.float32)
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit: got {limit}, wanted a positive number, or None for no clamp")
+
+
+def _fake(x, *args):
+    return torch.empty_like(x)
+
+
+@define(check=_check, fake=_fake)
+def _nvfp4_moe(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gate_up_codes: Tensor,
+    gate_up_scales: Tensor,
+    gate_up_global_scale: Tensor,
+    down_codes: Tensor,
+    down_scales: Tensor,
+    down_global_scale: Tensor,
+    limit: float | None = None,
+) -> Tensor:
+    gate_up = NVFP4Weight(gate_up_codes, gate_up_scales, gate_up_global_scale)
+    down = NVFP4Weight(down_codes, down_scales, down_global_scale)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    return moe_loop(
+        x,
+        weights,
+        ids,
+        limit,
+        count=gate_up_codes.shape[0],
+        expert=lambda e: (gate_up[e].dequantize(compute), down[e].dequantize(compute)),
+    )
+
+
+def moe_loop(x: Tensor, weights: Tensor, ids: Tensor, limit: float | None, *, count: int, expert) -> Tensor:
+    """The routed sum for weights in any format: `expert(e)` returns gate_up [2 * inner, hidden] and down.
+
+    Ids outside 0..count-1 are skipped (experts of another rank). Summed in f32, in the order of ids' values.
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    total = torch.zeros(x.shape, dtype=compute, device=x.device)
+    for e in ids.unique().tolist():
+        if 0 <= e < count:
+            token, slot = (ids == e).nonzero(as_tuple=True)
+            gate_up, down = expert(e)
+            inner = swiglu.reference(x[token].to(compute) @ gate_up.mT, limit)
+            total.index_add_(0, token, inner @ down.mT * weights[token, slot, None].to(compute))
+    return total.to(x.dtype)
+
+
+def nvfp4_moe(x: Tensor, weights: Tensor, ids: Tensor, experts: NVFP4Experts, limit: float | None = None) -> Tensor:
+    """[tokens, hidden] float, f32 and i32 [tokens, top_k] -> [tokens, hidden]: the routed sum, no share expert.
+
+    Ids outside the local experts are skipped. f32 between the two products (f64 for a float64 x), one
+    rounding at the end; `limit` is swiglu's.
+    """
+    gate_up, down = experts.gate_up, experts.down
+    return _nvfp4_moe(
+        x, weights, ids, gate_up.codes, gate_up.scales, gate_up.global_scale, down.codes, down.scales,
+        down.global_scale, limit,
+    )  # fmt: skip
