@@ -158,7 +158,7 @@ class _Fields:
         return float(self.data[name])
 
     def per_layer(self, name: str, count: int, kind: tuple[type, ...], default=None) -> list:
-        """A list of `count` values: from a list (short ones, of the first NVFP4 upload, padded with None) or a scalar."""
+        """`count` values: a list (the first NVFP4 upload has short ones: padded with None), or one for all."""
         value = self.data.get(name, default)
         if not isinstance(value, list):
             value = [value] * count

@@ -13,6 +13,8 @@ from .swiglu import FLOATS
 def _check(x, codes, scales, global_scale):
     expect("weight.codes", codes, (None, None), torch.uint8)
     n, k = codes.shape[0], codes.shape[1] * 2
+    if k % BLOCK:
+        raise ValueError(f"weight.codes: got k = {k}, wanted a multiple of {BLOCK}")
     expect("weight.scales", scales, (n, k // BLOCK), torch.float8_e4m3fn)
     expect("weight.global_scale", global_scale, (...,), torch.float32)
     if global_scale.dim() > 1 or (global_scale.dim() == 1 and (not len(global_scale) or n % len(global_scale))):

@@ -34,7 +34,7 @@ def _check(
 
 
 def _fake(x, *args):
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @define(check=_check, fake=_fake)

@@ -29,15 +29,19 @@ def _fake_quantize(x, global_scale):
 def nvfp4_quantize(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
     """[..., k] float, f32 [] -> codes u8 [..., k/2] (even k in the low nibble), scales e4m3 [..., k/16].
 
-    Block scales by the `max` rule, e4m3(amax / (6 * global_scale)), a zero block's 1. QUANT: nvfp4.py.
+    Block scales by the `max` rule, e4m3(amax / (6 * global_scale)), a zero block's 1.
     """
     return nvfp4.quantize(x, global_scale)
 
 
 def _check_dequantize(codes, scales, global_scale, dtype=torch.bfloat16):
     expect("codes", codes, (..., None), torch.uint8)
+    if codes.shape[-1] * 2 % nvfp4.BLOCK:
+        raise ValueError(f"codes: got last dimension {codes.shape[-1]}, wanted a multiple of {nvfp4.BLOCK // 2}")
     expect("scales", scales, (*codes.shape[:-1], codes.shape[-1] * 2 // nvfp4.BLOCK), torch.float8_e4m3fn)
     expect("global_scale", global_scale, (), torch.float32)
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype: got {str(dtype).removeprefix('torch.')}, wanted bfloat16, float16, float32 or float64")
 
 
 def _fake_dequantize(codes, scales, global_scale, dtype=torch.bfloat16):

@@ -81,7 +81,7 @@ def paged_attention(
         if begin == end:
             continue
         first = 0 if window is None else max(0, length - (end - begin) - window + 1)
-        position = torch.arange(first // page_size * page_size, length, device=q.device)  # of the keys
+        position = torch.arange(first, length, device=q.device)  # of the keys
         page = block_table[request, position // page_size].long()
         keys, values = (
             # [kv_heads, keys, d]

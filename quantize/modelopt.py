@@ -1,0 +1,90 @@
+"""What nvidia-modelopt's checkpoints say about themselves: tensor names, config.json, hf_quant_config.json."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from step_kernels.model.config import StepConfig
+from step_kernels.nvfp4 import BLOCK
+
+NAMES = ("source", "released")
+# Engines take hf_quant_config.json for modelopt's by this name; the version is the one whose layout this follows.
+PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+
+
+def released_name(name: str, config: StepConfig) -> str:
+    """The NVFP4 release's name of a canonical tensor or module name; its MTP layers have no prefix."""
+    if name.startswith(("vision_model", "vit_large_projector")):
+        return f"model.{name}"
+    layer = layer_number(name)
+    if name.startswith("model.") and (layer is None or layer < config.num_layers):
+        return "model.language_model." + name.removeprefix("model.")
+    return name
+
+
+def layer_number(name: str) -> int | None:
+    """N of a canonical `model.layers.N.*`."""
+    part = name.split(".")
+    return int(part[2]) if part[:2] == ["model", "layers"] and len(part) > 2 and part[2].isdecimal() else None
+
+
+def exclude_patterns(config: StepConfig, spellings: set[str] = frozenset()) -> list[str]:
+    """Patterns of the modules left alone, under the source's and the release's prefix (and any other in `spellings`).
+
+    A layer number is always followed by a dot: engines read `layers.1*` as a substring, which takes in 10 to 19.
+    `moe.gate` has no star, which would take in moe.gate_proj.
+    """
+    modules = ["lm_head", "model.embed_tokens"]
+    for i, layer in enumerate(config.layers):
+        parts = ("self_attn*", "share_expert*", "moe.gate") if layer.moe else ("*",)
+        modules += [f"model.layers.{i}.{part}" for part in parts]
+    if config.vision:
+        modules += ["vision_model*", "vit_large_projector*"]
+    patterns = dict.fromkeys(modules)
+    patterns.update(dict.fromkeys(released_name(m, config) for m in modules))
+    # The release lists its MTP layers under both prefixes, since engines add one to the whole body.
+    mtp = range(config.num_layers, len(config.layers))
+    patterns.update(dict.fromkeys(f"model.language_model.layers.{i}.*" for i in mtp))
+    patterns.update(dict.fromkeys(prefix + m for prefix in sorted(spellings) for m in modules))
+    return list(patterns)
+
+
+def is_excluded(module: str, patterns: list[str]) -> bool:
+    """Whether vLLM 0.33 leaves `module` (an engine's name, experts as `...moe.experts`) unquantized.
+
+    Its rule: a trailing `*` not after a dot stands for the module itself and all below it; then a pattern matches
+    when equal, as a glob, or as a substring anywhere.
+    """
+    for pattern in patterns:
+        forms = [pattern]
+        if pattern.endswith("*") and not pattern.endswith(".*"):
+            forms = [pattern[:-1], pattern[:-1] + ".*"]
+        if any(form in module or fnmatchcase(module, form) for form in forms):
+            return True
+    return False
+
+
+def hf_quant_config(patterns: list[str], kv_cache: str) -> dict:
+    """The content of hf_quant_config.json."""
+    return {
+        "producer": PRODUCER,
+        "quantization": {
+            "quant_algo": "NVFP4",
+            "kv_cache_quant_algo": "FP8" if kv_cache == "fp8" else None,
+            "group_size": BLOCK,
+            "exclude_modules": patterns,
+        },
+    }
+
+
+def quantization_config(patterns: list[str], kv_cache: str) -> dict:
+    """The same for config.json, in the form modelopt's own converter gives it."""
+    number = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
+    return {
+        "config_groups": {"group_0": {"input_activations": number, "weights": number, "targets": ["Linear"]}},
+        "ignore": patterns,
+        "quant_algo": "NVFP4",
+        **({"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}} if kv_cache == "fp8" else {}),
+        "producer": PRODUCER,
+        "quant_method": "modelopt",
+    }

@@ -1,0 +1,273 @@
+"""What becomes of every tensor: quantized, copied or consumed. Decided from headers alone, before any data is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+
+import step_kernels
+from step_kernels.model.checkpoint import DTYPES, Checkpoint, CheckpointError, Entry
+from step_kernels.model.config import StepConfig
+from step_kernels.nvfp4 import BLOCK, SEARCHES
+
+from .modelopt import NAMES, exclude_patterns, layer_number, released_name
+
+RECIPES = ("experts",)
+KV_CACHES = ("fp8", "none")
+FLOATS = ("BF16", "F16", "F32")
+FP8_BLOCK = 128  # rows and columns that share one weight_scale_inv
+# Projections that share one global scale: engines feed gate and up from one quantized input in one GEMM.
+GROUPS = (("gate_proj", "up_proj"), ("down_proj",))
+_NAME = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class UsageError(Exception):
+    """A request that cannot be meant; the command line exits with 2."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What changes the bytes of the result."""
+
+    recipe: str = "experts"
+    search: str = "mse"
+    kv_cache: str = "fp8"
+    names: str = "source"
+
+    def __post_init__(self):
+        choices = {"recipe": RECIPES, "search": SEARCHES, "kv_cache": KV_CACHES, "names": NAMES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stacked expert weights that share a global scale. `weights`: canonical source names; `outputs`: shard and name."""
+
+    layer: int
+    weights: tuple[str, ...]
+    outputs: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class Plan:
+    """`shards`: file -> tensor -> (dtype, shape); `copies`: entry, file, name; `constants`: file, name, value."""
+
+    checkpoint: Checkpoint
+    config: StepConfig
+    settings: Settings
+    patterns: list[str]
+    shards: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = field(default_factory=dict)
+    copies: list[tuple[Entry, str, str]] = field(default_factory=list)
+    constants: list[tuple[str, str, float]] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        """Names this conversion: the same settings, source headers, source config and version of the code."""
+        entries = [(e.stored_name, e.file.name, _NAME[e.dtype], e.shape, e.begin) for e in self._entries()]
+        what = [step_kernels.__version__, asdict(self.settings), entries, self.checkpoint.config]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def _entries(self) -> list[Entry]:
+        return sorted(self.checkpoint.entries.values(), key=lambda e: (e.file.name, e.begin, e.stored_name))
+
+    def add(self, file: str, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        self.shards.setdefault(file, {})[name] = (dtype, shape)
+
+
+def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
+    """The plan for an opened checkpoint; each of its tensors must match a rule and none of the model's may be missing.
+
+    An output shard holds what the tensors of the source shard of that name become.
+    """
+    method = _quant_method(checkpoint.config)
+    if method not in (None, "fp8"):
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: quantization_config says {method}: the source is already quantized, "
+            f"wanted a BF16 or FP8 checkpoint"
+        )
+    config = StepConfig.from_dict(checkpoint.config, str(checkpoint.folder / "config.json"))
+    for name, size in (("hidden_size", config.hidden_size), ("moe_intermediate_size", config.moe_intermediate_size)):
+        if size % BLOCK:
+            raise CheckpointError(f"{checkpoint.folder / 'config.json'}: {name} is {size}, wanted a multiple of {BLOCK}")
+    if not any(layer.moe for layer in config.layers):
+        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: moe_layers_enum names no layer to quantize")
+    third = {"language_model."} if any(e.stored_name.startswith("language_model.") for e in _values(checkpoint)) else set()
+    plan = Plan(checkpoint, config, settings, exclude_patterns(config, third))
+    shapes, experts = tensor_shapes(config), expert_shapes(config)
+    _check_names(checkpoint, config, shapes, experts)
+    for name in shapes:
+        if name in checkpoint:
+            _copy(plan, name, shapes[name])
+    for layer, layer_config in enumerate(config.layers):
+        if layer_config.moe:
+            for projections in GROUPS:
+                _quantize(plan, layer, projections, experts)
+    return plan
+
+
+def tensor_shapes(config: StepConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model but the routed experts, by canonical name. [out, in] for linear layers."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    shapes = {"model.embed_tokens": (vocab, hidden), "model.norm": (hidden,), "lm_head": (vocab, hidden)}
+    for i, layer in enumerate(config.layers):
+        q, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        parts = {
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+            "self_attn.q_proj": (q, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, q),
+            "self_attn.g_proj": (layer.heads, hidden),
+            "self_attn.q_norm": (layer.head_dim,),
+            "self_attn.k_norm": (layer.head_dim,),
+        }
+        inner, mlp = (config.share_expert_dim, "share_expert") if layer.moe else (config.intermediate_size, "mlp")
+        parts |= {f"{mlp}.gate_proj": (inner, hidden), f"{mlp}.up_proj": (inner, hidden)}
+        parts |= {f"{mlp}.down_proj": (hidden, inner)}
+        if layer.moe:
+            parts |= {"moe.gate": (config.num_experts, hidden)}
+        if i >= config.num_layers:
+            parts |= {"enorm": (hidden,), "hnorm": (hidden,), "eh_proj": (hidden, 2 * hidden)}
+            parts |= {"transformer.shared_head.norm": (hidden,), "transformer.shared_head.output": (vocab, hidden)}
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in parts.items()}
+    if config.vision:
+        shapes["vit_large_projector"] = (hidden, 4 * config.vision.width)
+    shapes = {f"{name}.weight": shape for name, shape in shapes.items()}
+    shapes |= {
+        f"model.layers.{i}.moe.router_bias": (config.num_experts,) for i, layer in enumerate(config.layers) if layer.moe
+    }
+    return shapes | (_vision_shapes(config.vision) if config.vision else {})
+
+
+def expert_shapes(config: StepConfig) -> dict[str, tuple[int, int, int]]:
+    """The routed experts' stacked weights, by canonical name: [experts, out, in]."""
+    experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    return {
+        weight_name(i, projection): (experts, hidden, inner) if projection == "down_proj" else (experts, inner, hidden)
+        for i, layer in enumerate(config.layers)
+        if layer.moe
+        for projections in GROUPS
+        for projection in projections
+    }
+
+
+def weight_name(layer: int, projection: str) -> str:
+    """The canonical name of a stacked expert weight."""
+    return f"model.layers.{layer}.moe.{projection}.weight"
+
+
+def inverse_scale_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Shape of an FP8 source's weight_scale_inv: one a 128 x 128 block, the last ones partial."""
+    return (shape[0], -(-shape[1] // FP8_BLOCK), -(-shape[2] // FP8_BLOCK))
+
+
+def _vision_shapes(vision) -> dict[str, tuple[int, ...]]:
+    width, patch, grid = vision.width, vision.patch_size, vision.image_size // vision.patch_size
+    shapes = {"conv1.weight": (width, 3, patch, patch), "positional_embedding": (grid * grid, width)}
+    linears = {"vit_downsampler1": (2 * width, width, 3, 3), "vit_downsampler2": (4 * width, 2 * width, 3, 3)}
+    norms = ["ln_pre"]
+    for i in range(vision.layers):
+        block = f"transformer.resblocks.{i}."
+        norms += [f"{block}ln_1", f"{block}ln_2"]
+        shapes |= {f"{block}ls_{n}.gamma": (width,) for n in (1, 2)}
+        shapes |= {f"{block}attn.in_proj_weight": (3 * width, width), f"{block}attn.in_proj_bias": (3 * width,)}
+        linears |= {f"{block}attn.out_proj": (width, width)}
+        linears |= {f"{block}mlp.c_fc": (vision.mlp_width, width), f"{block}mlp.c_proj": (width, vision.mlp_width)}
+    linears |= dict.fromkeys(norms, (width,))
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return {f"vision_model.{name}": shape for name, shape in shapes.items()}
+
+
+def _values(checkpoint: Checkpoint):
+    return checkpoint.entries.values()
+
+
+def _quant_method(config: dict) -> str | None:
+    for part in (config, config.get("text_config") or {}):
+        quantization = part.get("quantization_config") if isinstance(part, dict) else None
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            return method if isinstance(method, str) else "an unknown method"
+    return None
+
+
+def _check_names(checkpoint: Checkpoint, config: StepConfig, shapes: dict, experts: dict) -> None:
+    for name, entry in checkpoint.entries.items():
+        weight = name.removesuffix("_scale_inv")
+        if not (name in shapes or name in experts or (weight != name and weight in experts)):
+            raise CheckpointError(f"{entry.file}: {entry.stored_name}: no rule says what becomes of this tensor")
+    # A checkpoint may come without its MTP layers (the first NVFP4 upload did), but not with half of one.
+    there = {layer_number(name) for name in checkpoint.entries}
+    for name in (*shapes, *experts):
+        layer = layer_number(name)
+        if layer is None or layer < config.num_layers or layer in there:
+            checkpoint.entry(name)
+
+
+def _copy(plan: Plan, name: str, shape: tuple[int, ...]) -> None:
+    entry = plan.checkpoint.entry(name)
+    _expect(entry, shape, FLOATS)
+    output = _output_name(plan, name, entry)
+    plan.copies.append((entry, entry.file.name, output))
+    plan.add(entry.file.name, output, _NAME[entry.dtype], shape)
+    for projection in ("k", "v"):
+        layer, suffix = layer_number(name), f"self_attn.{projection}_proj.weight"
+        if plan.settings.kv_cache == "fp8" and name.endswith(suffix) and layer < plan.config.num_layers:
+            _constant(plan, entry.file.name, output.removesuffix("weight") + f"{projection}_scale", ())
+
+
+def _quantize(plan: Plan, layer: int, projections: tuple[str, ...], experts: dict) -> None:
+    weights, outputs = [], []
+    for projection in projections:
+        name = weight_name(layer, projection)
+        entry, shape = plan.checkpoint.entry(name), experts[name]
+        _expect(entry, shape, (*FLOATS, "F8_E4M3"))
+        inverse = f"{name}_scale_inv"
+        if _NAME[entry.dtype] == "F8_E4M3":
+            _expect(plan.checkpoint.entry(inverse), inverse_scale_shape(shape), ("F32",))
+        elif inverse in plan.checkpoint:
+            raise CheckpointError(f"{name}: is {_NAME[entry.dtype]}, but {inverse} is there, wanted F8_E4M3 with it")
+        file, output = entry.file.name, _output_name(plan, name, entry)
+        for suffix, (dtype, output_shape) in output_tensors(shape).items():
+            plan.add(file, output + suffix, dtype, output_shape)
+        # Without calibration data: amax 6 * 448, so that activations keep their own magnitude.
+        _constant(plan, file, output.removesuffix("weight") + "input_scale", shape[:1])
+        weights.append(name)
+        outputs.append((file, output))
+    plan.groups.append(Group(layer, tuple(weights), tuple(outputs)))
+
+
+def output_tensors(shape: tuple[int, int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a stacked weight [experts, n, k] becomes: suffix of its name -> dtype, shape. input_scale comes besides."""
+    experts, n, k = shape
+    return {
+        "": ("U8", (experts, n, k // 2)),
+        "_scale": ("F8_E4M3", (experts, n, k // BLOCK)),
+        "_scale_2": ("F32", (experts,)),
+    }
+
+
+def _constant(plan: Plan, file: str, name: str, shape: tuple[int, ...]) -> None:
+    plan.add(file, name, "F32", shape)
+    plan.constants.append((file, name, 1.0))
+
+
+def _output_name(plan: Plan, name: str, entry: Entry) -> str:
+    return entry.stored_name if plan.settings.names == "source" else released_name(name, plan.config)
+
+
+def _expect(entry: Entry, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    if entry.shape != shape:
+        raise CheckpointError(
+            f"{entry.file}: {entry.stored_name}: shape {list(entry.shape)}, wanted {list(shape)} (by config.json)"
+        )
+    if _NAME[entry.dtype] not in dtypes:
+        raise CheckpointError(
+            f"{entry.file}: {entry.stored_name}: dtype {_NAME[entry.dtype]}, wanted {' or '.join(dtypes)}"
+        )
