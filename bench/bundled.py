@@ -23,6 +23,17 @@ SPECIAL = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|stop|>", "<|im_start|>", "<|im_end|>", "<im_patch>", "<im_start>",
     "<im_end>", "<patch_start>", "<patch_end>", "<patch_newline>", "<think>", "</think>",
 )  # fmt: skip
+CORPUS = """
+A mixture of experts sends each token to a few of its experts and adds what they say. The router scores every
+expert, keeps the best of them, and weighs their answers. The tensors of a checkpoint are read one by one, an
+expert at a time, and each block of sixteen weights shares a scale. The largest weight of the block and the largest
+of the tensor set the two scales; a search tries the scales around them and keeps the one with the least error.
+Attention reads the keys and the values of the tokens before, all of them in the full layers and the last of them
+in the sliding layers. The picture is cut into crops, the crops are read by the encoder, and their features take
+the places of the image tokens. What is this? What is in the picture? There is a house with a red roof and a door,
+the sun is in the sky, and the grass is green. Hello! Here is the answer to the question that you have asked.
+Write one short sentence. Count the numbers: one, two, three, four, five, six, seven, eight, nine, ten.
+"""
 TRUNK, MTP = (FULL, SLIDING, SLIDING, SLIDING, FULL, SLIDING), 3
 TYPES = TRUNK + (SLIDING,) * MTP
 
@@ -185,8 +196,7 @@ def main() -> None:
         "weight_map": {n: name for name, tensors in shards.items() for n in sorted(tensors)},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    readme = Path(__file__).parents[1] / "README.md"
-    tokenizer(readme.read_text()).save(str(folder / "tokenizer.json"))
+    tokenizer(CORPUS).save(str(folder / "tokenizer.json"))
     picture().save(folder / "picture.png", optimize=True)
     size = sum(f.stat().st_size for f in folder.iterdir())
     print(f"{folder}: {size / 1e6:.2f} MB, {sum(t.numel() for t in weights.tensors.values()) / 1e6:.2f} M parameters")

@@ -55,7 +55,7 @@ class Op:
         """Each kernel with the reason it refuses `args` there, or None. Without args: by machine alone."""
         for kernel in self.kernels:
             reason = kernel.refusal(capability)
-            if reason is None and _forced and kernel.name != _forced[-1]:
+            if reason is None and _forced and capability is not None and kernel.name != _forced[-1]:
                 reason = f"the backend is forced to {_forced[-1]}"
             if reason is None and args and kernel.refuse:
                 reason = kernel.refuse(*args)
@@ -94,6 +94,7 @@ def define(*, check: Callable, fake: Callable, kernels: tuple[Kernel, ...] = (),
 
         def checked_fake(*args):
             check(*args)
+            _one_device(op, args)
             return fake(*args)
 
         torch.library.register_fake(f"step_kernels::{name}", checked_fake, lib=_library)

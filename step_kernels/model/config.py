@@ -230,7 +230,11 @@ def _rope_scaling(text: _Fields) -> RopeScaling | None:
 
 def _vision(top: _Fields) -> VisionConfig:
     fields = top.part("vision_config")
-    patch, width = fields.size("patch_size"), fields.size("width")
+    patch, width, heads = fields.size("patch_size"), fields.size("width"), fields.size("heads")
+    if fields.size("image_size") % (4 * patch):
+        fields.fail("image_size", f"a multiple of 4 patches, {4 * patch}")
+    if width % (4 * heads):  # the 2-D rope turns pairs of both axes in every head
+        fields.fail("width", f"a multiple of 4 * heads = {4 * heads}")
     image_tokens = top.get("image_token_len", 169, int)
     crop_tokens = top.get("patch_token_len", 81, int)
     # Two stride-2 downsamplers: a view of g x g tokens is g * 4 patches wide (169 -> 728, 81 -> 504 pixels).
@@ -245,7 +249,7 @@ def _vision(top: _Fields) -> VisionConfig:
         patch_size=patch,
         width=width,
         layers=fields.size("layers"),
-        heads=fields.size("heads"),
+        heads=heads,
         mlp_width=round(width * fields.get("mlp_ratio", 8960 / 1536, float)),
         image_tokens=image_tokens,
         crop_tokens=crop_tokens,

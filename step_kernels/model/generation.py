@@ -215,6 +215,7 @@ def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.G
     """f32 [rows, vocab] -> i64 [rows]: the best token, or a draw from the smallest set with top_p of the mass."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True, stable=True)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
     return order.gather(-1, probabilities.multinomial(1, generator=generator))[:, 0]

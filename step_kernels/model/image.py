@@ -116,9 +116,7 @@ def read_rgb(source: str | os.PathLike | Image.Image) -> Image.Image:
     except FileNotFoundError:
         raise ImageError(f"{name}: not found") from None
     except UnidentifiedImageError:
-        raise ImageError(
-            f"{name}: got {os.path.getsize(source)} bytes that are no image, wanted PNG, JPEG or another format Pillow reads"
-        ) from None
+        raise ImageError(f"{name}: got {os.path.getsize(source)} bytes that are no image Pillow knows") from None
     except Exception as e:  # the decoders raise a dozen types on damaged bytes
         reason = e.strerror if isinstance(e, OSError) else None
         reason = reason or " ".join(str(e).split()) or type(e).__name__

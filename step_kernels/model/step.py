@@ -35,16 +35,21 @@ class Step3p7:
     @classmethod
     @torch.inference_mode()
     def from_pretrained(
-        cls, path: str | os.PathLike, device: str | torch.device = "cuda", dtype: torch.dtype = torch.bfloat16
+        cls,
+        path: str | os.PathLike,
+        device: str | torch.device = "cuda",
+        dtype: torch.dtype = torch.bfloat16,
+        progress: bool = False,
     ) -> Step3p7:
         """A BF16, FP8 or NVFP4 checkpoint folder under any of its name schemes; CheckpointError if it is unusable.
 
-        A checkpoint without MTP weights (the first NVFP4 upload) loads without draft layers.
+        A checkpoint without MTP weights (the first NVFP4 upload) loads without draft layers. `progress` shows a
+        bar on a terminal.
         """
         checkpoint = Checkpoint(path)
         config = StepConfig.from_dict(checkpoint.config, str(checkpoint.folder / "config.json"))
         drafts = f"model.layers.{config.num_layers}.eh_proj.weight" in checkpoint
-        return cls(config, Weights(checkpoint, _device(device), dtype), config.num_mtp if drafts else 0)
+        return cls(config, Weights(checkpoint, _device(device), dtype, progress), config.num_mtp if drafts else 0)
 
     @classmethod
     @torch.inference_mode()
@@ -97,8 +102,7 @@ class Step3p7:
 
     def generate(self, prompt_ids: list[int], **options) -> Iterator[int]:
         """The new tokens for one prompt, as they come, the stop token included; options as generation.generate."""
-        for _, token in generate(self, [prompt_ids], **options):
-            yield token
+        return (token for _, token in generate(self, [prompt_ids], **options))
 
     def embed(
         self,
@@ -138,8 +142,8 @@ class Step3p7:
         given = 0 if patch_pixel_values is None else len(patch_pixel_values)
         if len(counts) != len(pixel_values) or sum(counts) != given or min(counts, default=0) < 0:
             raise ValueError(f"num_patches: got {counts} for {len(pixel_values)} images and {given} patches")
-        whole = self.vision(pixel_values.to(self.device, self.dtype))
-        parts = self.vision(patch_pixel_values.to(self.device, self.dtype)).split(counts) if given else counts
+        whole = self.vision(pixel_values)
+        parts = self.vision(patch_pixel_values).split(counts) if given else counts
         rows = [t.flatten(0, 1) for i, n in enumerate(counts) for t in ((parts[i],) if n else ()) + (whole[i : i + 1],)]
         return torch.cat(rows) if rows else whole.flatten(0, 1)
 

@@ -32,7 +32,7 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class VisionEncoder:
-    """ViT, two stride-2 convolutions, projector; weights: anything with tensor(name, shape) -> Tensor, all one dtype."""
+    """ViT, two stride-2 convolutions, projector. `weights.tensor(name, shape)` gives each tensor, all in one dtype."""
 
     def __init__(self, config: VisionConfig, hidden_size: int, weights):
         self.config = config

@@ -68,9 +68,15 @@ def routed_sum(x: Tensor, weights: Tensor, ids: Tensor, experts, limit: float | 
 class Weights:
     """A checkpoint's parameters. `finish` fails where the model left one of them unread."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: bool = False):
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.unread = set(checkpoint.entries)
+        self.bar = None
+        if progress:
+            from tqdm import tqdm
+
+            total = sum(e.end - e.begin for e in checkpoint.entries.values())
+            self.bar = tqdm(desc="loading", total=total, unit="B", unit_scale=True, delay=2, disable=None, leave=False)
 
     def tensor(self, name: str, shape: tuple[int, ...], keep: bool = False) -> Tensor:
         """The tensor in the compute dtype; with `keep`, in f32 (what must not be rounded to bf16)."""
@@ -114,6 +120,8 @@ class Weights:
 
     def finish(self) -> None:
         """Fail if the checkpoint holds tensors that no module asked for."""
+        if self.bar is not None:
+            self.bar.close()
         if self.unread:
             names = sorted(self.unread)
             raise CheckpointError(f"{self._where(names[0])}: {len(names)} tensors have no place in the model")
@@ -153,7 +161,10 @@ class Weights:
 
     def _read(self, name: str, begin: int | None = None, end: int | None = None) -> Tensor:
         self.unread.discard(name)
-        return self.checkpoint.read(name, begin, end)
+        tensor = self.checkpoint.read(name, begin, end)
+        if self.bar is not None:
+            self.bar.update(tensor.numel() * tensor.itemsize)
+        return tensor
 
     def _is_nvfp4(self, name: str) -> bool:
         return self.checkpoint.entry(name).dtype == torch.uint8

@@ -31,7 +31,7 @@ def nvfp4_quantize(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
 
     Block scales by the `max` rule, e4m3(amax / (6 * global_scale)), a zero block's 1.
     """
-    return nvfp4.quantize(x, global_scale)
+    return nvfp4.quantize(x.contiguous(), global_scale)
 
 
 def _check_dequantize(codes, scales, global_scale, dtype=torch.bfloat16):

@@ -1,0 +1,137 @@
+"""Run a Step-3.7 checkpoint: text and images in, text out, as it is made."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .model import CheckpointError, Step3p7
+
+BUNDLED = Path(__file__).parent / "model" / "bundled"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m step_kernels.generate",
+        description=__doc__,
+        epilog="example: python -m step_kernels.generate OUT --prompt 'What is this?' --image photo.jpg --mtp --stats",
+    )
+    parser.add_argument("checkpoint", nargs="?", default="bundled", metavar="CHECKPOINT", help="a folder in BF16, FP8 "
+                        "or NVFP4; without it the bundled miniature, whose random weights write nonsense")  # fmt: skip
+    parser.add_argument("--prompt", default="Hello", metavar="TEXT", help="the user's turn (default: %(default)s)")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE",
+                        help="an image for the prompt; may be repeated; `bundled` is a small picture")  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="at most (default: %(default)s)")
+    parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0, the default, is greedy")
+    parser.add_argument("--top-p", type=_share, default=1.0, metavar="P", help="sample from this much probability mass")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (default: %(default)s)")
+    parser.add_argument("--mtp", action="store_true", help="draft ahead with the MTP layers; the output stays the same")
+    parser.add_argument("--kv-cache", choices=("fp8", "model"), default="fp8",
+                        help="e4m3 with the checkpoint's scales (default), or the model's dtype")  # fmt: skip
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default here: %(default)s")  # fmt: skip
+    parser.add_argument("--stats", action="store_true", help="print speed, memory and kept drafts at the end")
+    return parser.parse_args(argv)
+
+
+def _number(kind, low, high, wanted):
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"got {text}, wanted {wanted}")
+        return value
+
+    return convert
+
+
+_count = _number(int, 1, sys.maxsize, "a positive integer")
+_temperature = _number(float, 0, 1e9, "a number from 0 up")
+_share = _number(float, 1e-9, 1, "a number above 0, at most 1")
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"got {text}, wanted cpu, cuda or cuda:N") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        run(args)
+    except (CheckpointError, ImportError, OSError, RuntimeError, ValueError) as e:
+        if isinstance(e, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: no complaint at exit either
+            return 1
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    from .model.chat import Chat
+    from .model.generation import DraftStats, generate
+    from .model.image import prepare
+
+    folder = BUNDLED if args.checkpoint == "bundled" else Path(args.checkpoint)
+    dtype = torch.float32 if args.device.type == "cpu" else torch.bfloat16
+    model = Step3p7.from_pretrained(folder, args.device, dtype, progress=True)
+    if args.image and model.vision is None:
+        raise ValueError(f"--image: {folder} has no vision encoder")
+    pictures = [BUNDLED / "picture.png" if image == "bundled" else image for image in args.image]
+    chat, views = Chat(folder, model.config), [prepare(picture, model.config.vision) for picture in pictures]
+    images = {}
+    if views:
+        crops = torch.cat([v.crops for v in views])
+        images = {
+            "pixel_values": torch.stack([v.global_view for v in views]),
+            "patch_pixel_values": crops if len(crops) else None,
+            "num_patches": [len(v.crops) for v in views],
+        }
+    prompt, drafts, times = chat.prompt(args.prompt, views), DraftStats(), [time.perf_counter()]
+
+    def tokens():
+        for _, token in generate(
+            model, [prompt], max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
+            seed=args.seed, mtp=args.mtp, kv_cache=args.kv_cache, images=[images], stats=drafts,
+        ):  # fmt: skip
+            times.append(time.perf_counter())
+            yield token
+
+    for piece in chat.stream(tokens()):
+        print(piece, end="", flush=True)
+    print(flush=True)
+    if args.stats:
+        print(_report(len(prompt), times, drafts, args.device), file=sys.stderr)
+
+
+def _report(prompt: int, times: list[float], drafts, device: torch.device) -> str:
+    new, first = len(times) - 1, times[1] - times[0]
+    lines = [f"prompt      {prompt} tokens, first token after {first:.3f} s"]
+    rate = f", {(new - 1) / (times[-1] - times[1]):.1f} tokens/s after the first" if times[-1] > times[1] else ""
+    lines.append(f"generated   {new} tokens{rate}")
+    if drafts.drafted and drafts.drafted[0]:
+        kept = " / ".join(f"{a / d:.2f}" for a, d in zip(drafts.accepted, drafts.drafted))
+        lines.append(f"drafts      {drafts.drafted[0]} rounds, kept by depth {kept}")
+    if device.type == "cuda":
+        lines.append(f"peak memory {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on {device}")
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        lines.append(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

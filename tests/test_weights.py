@@ -1,0 +1,194 @@
+"""Loading: every format and name scheme, no more bytes than needed, and nothing accepted unread."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from step_kernels import nvfp4
+from step_kernels.generate import BUNDLED
+from step_kernels.model import CheckpointError, Step3p7
+from step_kernels.model.checkpoint import Checkpoint
+from step_kernels.model.weights import FP8Experts, Weights
+from step_kernels.nvfp4 import NVFP4Experts, NVFP4Weight
+from step_kernels.testing import relative_error
+
+EXPERTS = tuple(f"model.layers.{n}.moe.{p}_proj.weight" for n in (3, 4, 5) for p in ("gate", "up", "down"))
+
+
+def bundled():
+    return {n: t for file in sorted(BUNDLED.glob("*.safetensors")) for n, t in load_file(file).items()}
+
+
+def write(folder, tensors, config=None):
+    folder.mkdir(exist_ok=True)
+    shutil.copy(BUNDLED / "config.json", folder)
+    if config:
+        data = json.loads((folder / "config.json").read_text())
+        config(data)
+        (folder / "config.json").write_text(json.dumps(data))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def load(folder):
+    return Step3p7.from_pretrained(folder, "cpu", torch.float32)
+
+
+def logits(model):
+    return model(torch.randint(13, 448, (1, 60), generator=torch.Generator().manual_seed(0)))
+
+
+def quantized(tensors, names):
+    """Stacked NVFP4 of the named tensors, gate and up with global scales of their own; and what they decode to."""
+    out, decoded = dict(tensors), dict(tensors)
+    for name in names:
+        w = tensors[name].float()
+        outer = nvfp4.global_scale(w.abs().amax((-2, -1)))
+        codes, scales = nvfp4.quantize(w, outer)
+        module = name.removesuffix(".weight")
+        out |= {f"{module}.weight": codes, f"{module}.weight_scale": scales, f"{module}.weight_scale_2": outer,
+                f"{module}.input_scale": torch.ones(outer.shape)}  # fmt: skip
+        decoded[name] = nvfp4.dequantize(codes, scales, outer)
+    return out, decoded
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    return logits(load(BUNDLED))
+
+
+def released(name):
+    """The NVFP4 release's name, were its MTP layers not bare."""
+    if name.startswith(("vision_model", "vit_large_projector")):
+        return "model." + name
+    return name.replace("model.", "model.language_model.", 1)
+
+
+def released_with_bare_mtp(name):
+    return name if name.startswith(tuple(f"model.layers.{i}." for i in (6, 7, 8))) else released(name)
+
+
+def language_model(name):
+    return name if name.startswith("vi") else "language_model." + name
+
+
+@pytest.mark.parametrize("rename", [released, released_with_bare_mtp, language_model])
+def test_name_schemes_load_the_same_model(tmp_path, wanted, rename):
+    folder = write(tmp_path / "m", {rename(n): t for n, t in bundled().items()})
+    assert torch.equal(logits(load(folder)), wanted)
+    assert len(load(folder).mtp) == 3
+
+
+def test_nvfp4_experts_compute_what_their_decoded_weights_compute(tmp_path):
+    packed, decoded = quantized(bundled(), EXPERTS)
+    model = load(write(tmp_path / "packed", packed))
+    assert all(isinstance(model.layers[n].ffn.experts, NVFP4Experts) for n in (3, 4, 5))
+    outer = model.layers[3].ffn.experts.gate_up.global_scale
+    assert outer.shape == (16, 2) and not torch.equal(outer[:, 0], outer[:, 1])
+    assert relative_error(logits(model), logits(load(write(tmp_path / "decoded", decoded)))) < 1e-6
+
+
+def test_nvfp4_linears_compute_what_their_decoded_weights_compute(tmp_path):
+    names = [n for n in bundled() if n.endswith("_proj.weight") and ".moe." not in n and ".layers." in n] + [
+        "lm_head.weight"
+    ]
+    packed, decoded = quantized(bundled(), [*names, "lm_head.weight"])
+    model = load(write(tmp_path / "packed", packed))
+    assert isinstance(model.layers[0].attention.q, NVFP4Weight) and isinstance(model.lm_head, NVFP4Weight)
+    assert relative_error(logits(model), logits(load(write(tmp_path / "decoded", decoded)))) < 1e-6
+
+
+def test_fp8_block_scaled_experts_compute_what_their_decoded_weights_compute(tmp_path, wanted):
+    tensors = bundled()
+    fp8, decoded = dict(tensors), dict(tensors)
+    for name in EXPERTS:
+        w = tensors[name].float()
+        scale = w.abs().amax((-2, -1), keepdim=True) / 448  # 32 x 64 is less than one 128 x 128 block
+        fp8[name] = (w / scale).to(torch.float8_e4m3fn)
+        fp8[f"{name}_scale_inv"] = scale
+        decoded[name] = fp8[name].float() * scale
+    model = load(write(tmp_path / "fp8", fp8))
+    assert isinstance(model.layers[4].ffn.experts, FP8Experts)
+    assert relative_error(logits(model), logits(load(write(tmp_path / "decoded", decoded)))) < 1e-6
+    assert 1e-4 < relative_error(logits(model), wanted) < 0.3
+
+
+def test_fp8_blocks_are_128_square():
+    from step_kernels.model.weights import FP8Weight
+
+    scales = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    w = FP8Weight(torch.ones(130, 200).to(torch.float8_e4m3fn), scales).dequantize(torch.float32)
+    assert [w[0, 0], w[127, 128], w[128, 127], w[129, 199]] == [1, 2, 3, 4]
+
+
+def test_kv_scales_load_as_zero_dimensional_or_not_at_all(tmp_path):
+    tensors = bundled()
+    tensors["model.layers.1.self_attn.k_proj.k_scale"] = torch.tensor(0.5)
+    tensors["model.layers.1.self_attn.v_proj.v_scale"] = torch.tensor([0.25])
+    attention = load(write(tmp_path / "m", tensors)).layers[1].attention
+    assert (attention.k_scale.item(), attention.v_scale.item(), attention.k_scale.dim()) == (0.5, 0.25, 0)
+    assert load(BUNDLED).layers[1].attention.k_scale.item() == 1.0
+
+
+def test_expert_stacks_are_read_an_expert_at_a_time(monkeypatch):
+    sizes, read = [], Checkpoint.read
+
+    def spy(self, name, begin=None, end=None):
+        tensor = read(self, name, begin, end)
+        if ".moe." in name and name.endswith("_proj.weight"):
+            sizes.append(tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "read", spy)
+    load(BUNDLED)
+    assert sizes == [32 * 64] * (3 * 3 * 16)
+
+
+def change(name, make):
+    return lambda tensors: tensors.update({name: make(tensors[name])})
+
+
+OUTER = "model.layers.3.moe.gate_proj.weight_scale_2"
+KV = "model.layers.0.self_attn.k_proj.k_scale"
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda t: t.pop("model.norm.weight"), "tensor model.norm.weight is missing"),
+        (lambda t: t.pop(OUTER), f"tensor {OUTER} is missing"),
+        (change("model.norm.weight", lambda t: t[:-1].clone()), "model.norm.weight: got bfloat16 [63], wanted"),
+        (change("lm_head.weight", lambda t: t.int()), "lm_head.weight: got int32 [448, 64], wanted bfloat16"),
+        (change(EXPERTS[0], lambda t: t[:, :, :-1].clone()), "gate_proj.weight: got uint8 [16, 32, 31], wanted uint8"),
+        (change(OUTER, torch.zeros_like), "holds a zero, negative or NaN scale"),
+        (change(OUTER, lambda t: t[:1]), "got [1], wanted [16]"),
+        (lambda t: t.update({KV: torch.tensor(-1.0)}), "wanted one positive scale"),
+    ],
+)
+def test_damaged_checkpoints_are_refused_by_name(tmp_path, damage, message):
+    packed, _ = quantized(bundled(), EXPERTS)
+    damage(packed)
+    with pytest.raises(CheckpointError) as error:
+        load(write(tmp_path / "m", packed))
+    assert message in str(error.value)
+
+
+def test_config_without_a_needed_field_is_refused_by_name(tmp_path):
+    folder = write(tmp_path / "m", bundled(), lambda c: c["text_config"].pop("hidden_size"))
+    with pytest.raises(CheckpointError, match="text_config.hidden_size is missing, wanted a positive integer"):
+        load(folder)
+
+
+def test_python_in_a_checkpoint_is_not_run(tmp_path):
+    folder = write(tmp_path / "m", bundled(), lambda c: c.update(auto_map={"AutoModel": "evil.Model"}))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_land_on_the_device_asked_for():
+    weights = Weights(Checkpoint(BUNDLED), torch.device("meta"), torch.bfloat16)
+    assert weights.tensor("model.norm.weight", (64,)).device.type == "meta"
