@@ -170,6 +170,7 @@ def test_share_expert_is_not_scaled_by_the_router(model):
         (lambda m: m(tokens(1, 20), torch.zeros(1, 3, 168, 168)), "got 0 image tokens, wanted 9"),
         (lambda m: m(tokens(1, 20), None, torch.zeros(1, 3, 112, 112)), "got patches without pixel_values"),
         (lambda m: m(tokens(1, 20), torch.zeros(1, 3, 168, 168), None, [1]), "num_patches: got [1]"),
+        (lambda m: Step3p7.from_pretrained(BUNDLED, "cuda:99"), "device: got cuda:99"),
         (lambda m: m(tokens(1, 20), torch.zeros(1, 3, 168, 170)), "pixel_values: got [1, 3, 168, 170]"),
     ],
 )
@@ -241,3 +242,14 @@ def test_gpu_generates_what_the_cpu_generates(model, kv_cache):
     wanted = list(model.generate(prompt, **options))
     assert list(on_gpu.generate(prompt, **options)) == wanted
     assert list(on_gpu.generate(prompt, mtp=True, **options)) == wanted
+
+
+def test_checkpoint_saved_by_transformers_loads_the_same_model(model, oracle, tmp_path):
+    """Its config has other field names, and its rope settings are grouped by layer type."""
+    oracle.save_pretrained(tmp_path)
+    saved = Step3p7.from_pretrained(tmp_path, "cpu", torch.float32)
+    ids = tokens(1, 60)
+    ids[0, 5:14] = IMAGE
+    image = torch.randn(1, 3, 168, 168, generator=torch.Generator().manual_seed(5))
+    assert saved.config.layers[:6] == model.config.layers[:6] and saved.mtp == []
+    assert relative_error(saved(ids, image), model(ids, image)) < 1e-6

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import CheckpointError, read_json
+from .fields import Fields
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -83,8 +84,9 @@ class StepConfig:
     @classmethod
     def from_dict(cls, data: dict, source: str = "config.json") -> StepConfig:
         """From the parsed JSON; `source` names it in errors."""
-        top = _Fields(data, source)
+        top = Fields(data, source)
         text = top.part("text_config") if "text_config" in data else top
+        text.data = _released_spelling(text.data)
         kind = text.get("model_type", "step3p5", str)
         if kind not in ("step3p5", "step3p7"):
             raise CheckpointError(f"{source}: model_type is {kind!r}, wanted step3p5 or step3p7")
@@ -121,53 +123,7 @@ class StepConfig:
         return config
 
 
-class _Fields:
-    """A JSON object whose fields are read with a type check; errors name file, field, value and what was wanted."""
-
-    def __init__(self, data: dict, source: str, prefix: str = ""):
-        self.data, self.source, self.prefix = data, source, prefix
-
-    def fail(self, name: str, wanted: str):
-        found = f"is {self.data[name]!r}" if name in self.data else "is missing"
-        raise CheckpointError(f"{self.source}: {self.prefix}{name} {found}, wanted {wanted}")
-
-    def part(self, name: str) -> _Fields:
-        if not isinstance(self.data.get(name), dict):
-            self.fail(name, "an object")
-        return _Fields(self.data[name], self.source, f"{self.prefix}{name}.")
-
-    def get(self, name: str, default, kind: type):
-        value = self.data.get(name)
-        if value is None:
-            return default
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            self.fail(name, {int: "an integer", float: "a number", str: "a string"}.get(kind, kind.__name__))
-        return value
-
-    def size(self, name: str) -> int:
-        value = self.data.get(name)
-        if type(value) is not int or value < 1:
-            self.fail(name, "a positive integer")
-        return value
-
-    def number(self, name: str) -> float:
-        if type(self.data.get(name)) not in (int, float):
-            self.fail(name, "a number")
-        return float(self.data[name])
-
-    def per_layer(self, name: str, count: int, kind: tuple[type, ...], default=None) -> list:
-        """`count` values: a list (the first NVFP4 upload has short ones: padded with None), or one for all."""
-        value = self.data.get(name, default)
-        if not isinstance(value, list):
-            value = [value] * count
-        if any(v is not None and type(v) not in kind for v in value):
-            self.fail(name, f"{' or '.join(k.__name__ for k in kind)}, or a list of them")
-        return (value + [None] * count)[:count]
-
-
-def _layers(text: _Fields, trunk: int, mtp: int) -> tuple[LayerConfig, ...]:
+def _layers(text: Fields, trunk: int, mtp: int) -> tuple[LayerConfig, ...]:
     count = trunk + mtp
     types = text.per_layer("layer_types", count, (str,))
     if len(text.data.get("layer_types") or []) < trunk or set(types[:trunk]) - {FULL, SLIDING}:
@@ -215,7 +171,35 @@ def _layers(text: _Fields, trunk: int, mtp: int) -> tuple[LayerConfig, ...]:
     return tuple(layers)
 
 
-def _rope_scaling(text: _Fields) -> RopeScaling | None:
+def _released_spelling(text: dict) -> dict:
+    """The released schema's fields of a text config that transformers saved, which renames and regroups them."""
+    text = dict(text)
+    for theirs, released in (
+        ("num_key_value_heads", "num_attention_groups"),
+        ("n_routed_experts", "moe_num_experts"),
+        ("num_experts_per_tok", "moe_top_k"),
+    ):
+        if theirs in text:
+            text.setdefault(released, text[theirs])
+    if isinstance(text.get("layer_types"), list) and isinstance(text.get("mtp_layer_types"), list):
+        text["layer_types"] = text["layer_types"] + text["mtp_layer_types"]
+    if isinstance(text.get("mlp_layer_types"), list):
+        text.setdefault("moe_layers_enum", [i for i, kind in enumerate(text["mlp_layer_types"]) if kind == "sparse"])
+    if "num_sliding_attention_heads" in text:
+        heads = text["num_sliding_attention_heads"]
+        text.setdefault("attention_other_setting", {**text, "num_attention_heads": heads})
+    rope = text.get("rope_parameters")
+    if isinstance(rope, dict) and isinstance(rope.get(FULL), dict):
+        kinds = [rope.get(kind) or rope[FULL] for kind in text.get("layer_types") or ()]
+        text.setdefault("rope_theta", [kind.get("rope_theta") for kind in kinds])
+        text.setdefault("partial_rotary_factors", [kind.get("partial_rotary_factor", 1.0) for kind in kinds])
+        scaled = [kind for kind in (FULL, SLIDING) if (rope.get(kind) or {}).get("rope_type", "default") != "default"]
+        text["rope_parameters"] = rope[scaled[0]] if scaled else None
+        text.setdefault("yarn_only_types", scaled)
+    return text
+
+
+def _rope_scaling(text: Fields) -> RopeScaling | None:
     name = "rope_scaling" if text.data.get("rope_scaling") else "rope_parameters"
     if not text.data.get(name):
         return None
@@ -228,14 +212,21 @@ def _rope_scaling(text: _Fields) -> RopeScaling | None:
     return RopeScaling(*(fields.number(n) for n in names))
 
 
-def _vision(top: _Fields) -> VisionConfig:
+def _vision(top: Fields) -> VisionConfig:
     fields = top.part("vision_config")
+    for theirs, released in (
+        ("hidden_size", "width"),
+        ("num_hidden_layers", "layers"),
+        ("num_attention_heads", "heads"),
+    ):
+        if theirs in fields.data:  # as transformers saves it
+            fields.data.setdefault(released, fields.data[theirs])
     patch, width, heads = fields.size("patch_size"), fields.size("width"), fields.size("heads")
     if fields.size("image_size") % (4 * patch):
         fields.fail("image_size", f"a multiple of 4 patches, {4 * patch}")
     if width % (4 * heads):  # the 2-D rope turns pairs of both axes in every head
         fields.fail("width", f"a multiple of 4 * heads = {4 * heads}")
-    image_tokens = top.get("image_token_len", 169, int)
+    image_tokens = top.get("image_token_len", (fields.size("image_size") // (4 * patch)) ** 2, int)
     crop_tokens = top.get("patch_token_len", 81, int)
     # Two stride-2 downsamplers: a view of g x g tokens is g * 4 patches wide (169 -> 728, 81 -> 504 pixels).
     crop_size = round(crop_tokens**0.5) * 4 * patch

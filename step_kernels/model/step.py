@@ -167,6 +167,7 @@ class Step3p7:
 
 def _device(device: str | torch.device) -> torch.device:
     device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: got {device}, but torch {torch.__version__} sees no GPU; wanted cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device: got {device}, but torch {torch.__version__} sees {count} GPUs; wanted one or cpu")
     return device
