@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from fnmatch import fnmatchcase
 
+from step_kernels.model.checkpoint import INDEX
 from step_kernels.model.config import StepConfig
 from step_kernels.nvfp4 import BLOCK
 
+HF_QUANT_CONFIG = "hf_quant_config.json"
 NAMES = ("source", "released")
 # Engines take hf_quant_config.json for modelopt's by this name; the version is the one whose layout this follows.
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
@@ -88,3 +91,20 @@ def quantization_config(patterns: list[str], kv_cache: str) -> dict:
         "producer": PRODUCER,
         "quant_method": "modelopt",
     }
+
+
+def metadata_files(config: dict, patterns: list[str], kv_cache: str, shards: dict) -> dict[str, bytes]:
+    """The files that describe a checkpoint, by name, in the order to write them: the index last.
+
+    `config`: the source's config.json; its auto_map is dropped, for code is never copied. `shards`: file -> Shard.
+    """
+    config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    if "text_config" in config:
+        config["text_config"] = {k: v for k, v in config["text_config"].items() if k != "quantization_config"}
+    config["quantization_config"] = quantization_config(patterns, kv_cache)
+    index = {
+        "metadata": {"total_size": sum(shard.data_size for shard in shards.values())},
+        "weight_map": {name: file for file, shard in sorted(shards.items()) for name in sorted(shard.names)},
+    }
+    files = {HF_QUANT_CONFIG: hf_quant_config(patterns, kv_cache), "config.json": config, INDEX: index}
+    return {name: (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode() for name, data in files.items()}

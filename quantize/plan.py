@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
-import step_kernels
+import step_kernels.model
 from step_kernels.model.checkpoint import DTYPES, Checkpoint, CheckpointError, Entry
 from step_kernels.model.config import StepConfig
 from step_kernels.nvfp4 import BLOCK, SEARCHES
 
+from .layout import GROUPS, expert_shapes, inverse_scale_shape, output_tensors, tensor_shapes, weight_name
 from .modelopt import NAMES, exclude_patterns, layer_number, released_name
 
+BUNDLED = "bundled"
 RECIPES = ("experts",)
 KV_CACHES = ("fp8", "none")
 FLOATS = ("BF16", "F16", "F32")
-FP8_BLOCK = 128  # rows and columns that share one weight_scale_inv
-# Projections that share one global scale: engines feed gate and up from one quantized input in one GEMM.
-GROUPS = (("gate_proj", "up_proj"), ("down_proj",))
 _NAME = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -44,7 +44,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Group:
-    """Stacked expert weights that share a global scale. `weights`: canonical source names; `outputs`: shard and name."""
+    """Stacked expert weights that share a global scale. `weights`: canonical names; `outputs`: shard, name."""
 
     layer: int
     weights: tuple[str, ...]
@@ -78,6 +78,11 @@ class Plan:
         self.shards.setdefault(file, {})[name] = (dtype, shape)
 
 
+def resolve_source(source: str | Path) -> Path:
+    """The folder of a checkpoint; the word `bundled` is the one that comes with step_kernels."""
+    return Path(step_kernels.model.__file__).parent / "bundled" if str(source) == BUNDLED else Path(source)
+
+
 def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     """The plan for an opened checkpoint; each of its tensors must match a rule and none of the model's may be missing.
 
@@ -92,10 +97,13 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     config = StepConfig.from_dict(checkpoint.config, str(checkpoint.folder / "config.json"))
     for name, size in (("hidden_size", config.hidden_size), ("moe_intermediate_size", config.moe_intermediate_size)):
         if size % BLOCK:
-            raise CheckpointError(f"{checkpoint.folder / 'config.json'}: {name} is {size}, wanted a multiple of {BLOCK}")
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.json'}: {name} is {size}, wanted a multiple of {BLOCK}"
+            )
     if not any(layer.moe for layer in config.layers):
         raise CheckpointError(f"{checkpoint.folder / 'config.json'}: moe_layers_enum names no layer to quantize")
-    third = {"language_model."} if any(e.stored_name.startswith("language_model.") for e in _values(checkpoint)) else set()
+    stored = [entry.stored_name for entry in checkpoint.entries.values()]
+    third = {"language_model."} if any(name.startswith("language_model.") for name in stored) else set()
     plan = Plan(checkpoint, config, settings, exclude_patterns(config, third))
     shapes, experts = tensor_shapes(config), expert_shapes(config)
     _check_names(checkpoint, config, shapes, experts)
@@ -107,85 +115,6 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
             for projections in GROUPS:
                 _quantize(plan, layer, projections, experts)
     return plan
-
-
-def tensor_shapes(config: StepConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model but the routed experts, by canonical name. [out, in] for linear layers."""
-    hidden, vocab = config.hidden_size, config.vocab_size
-    shapes = {"model.embed_tokens": (vocab, hidden), "model.norm": (hidden,), "lm_head": (vocab, hidden)}
-    for i, layer in enumerate(config.layers):
-        q, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-        parts = {
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-            "self_attn.q_proj": (q, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, q),
-            "self_attn.g_proj": (layer.heads, hidden),
-            "self_attn.q_norm": (layer.head_dim,),
-            "self_attn.k_norm": (layer.head_dim,),
-        }
-        inner, mlp = (config.share_expert_dim, "share_expert") if layer.moe else (config.intermediate_size, "mlp")
-        parts |= {f"{mlp}.gate_proj": (inner, hidden), f"{mlp}.up_proj": (inner, hidden)}
-        parts |= {f"{mlp}.down_proj": (hidden, inner)}
-        if layer.moe:
-            parts |= {"moe.gate": (config.num_experts, hidden)}
-        if i >= config.num_layers:
-            parts |= {"enorm": (hidden,), "hnorm": (hidden,), "eh_proj": (hidden, 2 * hidden)}
-            parts |= {"transformer.shared_head.norm": (hidden,), "transformer.shared_head.output": (vocab, hidden)}
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in parts.items()}
-    if config.vision:
-        shapes["vit_large_projector"] = (hidden, 4 * config.vision.width)
-    shapes = {f"{name}.weight": shape for name, shape in shapes.items()}
-    shapes |= {
-        f"model.layers.{i}.moe.router_bias": (config.num_experts,) for i, layer in enumerate(config.layers) if layer.moe
-    }
-    return shapes | (_vision_shapes(config.vision) if config.vision else {})
-
-
-def expert_shapes(config: StepConfig) -> dict[str, tuple[int, int, int]]:
-    """The routed experts' stacked weights, by canonical name: [experts, out, in]."""
-    experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
-    return {
-        weight_name(i, projection): (experts, hidden, inner) if projection == "down_proj" else (experts, inner, hidden)
-        for i, layer in enumerate(config.layers)
-        if layer.moe
-        for projections in GROUPS
-        for projection in projections
-    }
-
-
-def weight_name(layer: int, projection: str) -> str:
-    """The canonical name of a stacked expert weight."""
-    return f"model.layers.{layer}.moe.{projection}.weight"
-
-
-def inverse_scale_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Shape of an FP8 source's weight_scale_inv: one a 128 x 128 block, the last ones partial."""
-    return (shape[0], -(-shape[1] // FP8_BLOCK), -(-shape[2] // FP8_BLOCK))
-
-
-def _vision_shapes(vision) -> dict[str, tuple[int, ...]]:
-    width, patch, grid = vision.width, vision.patch_size, vision.image_size // vision.patch_size
-    shapes = {"conv1.weight": (width, 3, patch, patch), "positional_embedding": (grid * grid, width)}
-    linears = {"vit_downsampler1": (2 * width, width, 3, 3), "vit_downsampler2": (4 * width, 2 * width, 3, 3)}
-    norms = ["ln_pre"]
-    for i in range(vision.layers):
-        block = f"transformer.resblocks.{i}."
-        norms += [f"{block}ln_1", f"{block}ln_2"]
-        shapes |= {f"{block}ls_{n}.gamma": (width,) for n in (1, 2)}
-        shapes |= {f"{block}attn.in_proj_weight": (3 * width, width), f"{block}attn.in_proj_bias": (3 * width,)}
-        linears |= {f"{block}attn.out_proj": (width, width)}
-        linears |= {f"{block}mlp.c_fc": (vision.mlp_width, width), f"{block}mlp.c_proj": (width, vision.mlp_width)}
-    linears |= dict.fromkeys(norms, (width,))
-    for name, shape in linears.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return {f"vision_model.{name}": shape for name, shape in shapes.items()}
-
-
-def _values(checkpoint: Checkpoint):
-    return checkpoint.entries.values()
 
 
 def _quant_method(config: dict) -> str | None:
@@ -241,16 +170,6 @@ def _quantize(plan: Plan, layer: int, projections: tuple[str, ...], experts: dic
         weights.append(name)
         outputs.append((file, output))
     plan.groups.append(Group(layer, tuple(weights), tuple(outputs)))
-
-
-def output_tensors(shape: tuple[int, int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What a stacked weight [experts, n, k] becomes: suffix of its name -> dtype, shape. input_scale comes besides."""
-    experts, n, k = shape
-    return {
-        "": ("U8", (experts, n, k // 2)),
-        "_scale": ("F8_E4M3", (experts, n, k // BLOCK)),
-        "_scale_2": ("F32", (experts,)),
-    }
 
 
 def _constant(plan: Plan, file: str, name: str, shape: tuple[int, ...]) -> None:

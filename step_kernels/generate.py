@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+from .cli import Parser
 from .model import CheckpointError, Step3p7
 
 BUNDLED = Path(__file__).parent / "model" / "bundled"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m step_kernels.generate",
         description=__doc__,
         epilog="example: python -m step_kernels.generate OUT --prompt 'What is this?' --image photo.jpg --mtp --stats",

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantize.shards
-from quantize import Settings, run
+from quantize import Settings, UsageError, run
 from quantize.layout import GROUPS, expert_shapes, tensor_shapes
 from quantize.modelopt import is_excluded, released_name
 from quantize.nvfp4 import main
@@ -280,8 +280,8 @@ def real_plan(names: str):
     for name, shape in (tensor_shapes(parsed) | expert_shapes(parsed)).items():
         dtype = torch.float32 if name.endswith("router_bias") else torch.bfloat16
         entries[name] = Entry(name, Path("model.safetensors"), dtype, shape, 0, 0)
-    checkpoint = SimpleNamespace(folder=Path("real"), config=config, entries=entries, entry=entries.__getitem__)
-    checkpoint.__class__ = type("Shapes", (SimpleNamespace,), {"__contains__": lambda self, name: name in self.entries})
+    checkpoint = Checkpoint.__new__(Checkpoint)
+    checkpoint.folder, checkpoint.config, checkpoint.entries = Path("real"), config, entries
     return make_plan(checkpoint, Settings(names=names)), entries
 
 
@@ -570,10 +570,11 @@ def test_targets_that_cannot_be_meant_exit_with_2(source, converted, tmp_path, c
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
     assert "no stopped conversion" in refused(capsys, 2, source, tmp_path / "mine", "--resume")
+    (tmp_path / "download").mkdir()
+    (tmp_path / "download/film.part").write_text("keep")
+    assert main([str(source), str(tmp_path / "download"), "--resume"]) == 0
+    assert (tmp_path / "download/film.part").read_text() == "keep"
     assert contents(converted) == before and contents(tmp_path / "mine") == {"notes.txt": b"keep"}
-    with pytest.raises(SystemExit) as leaving:
-        main([str(source), str(tmp_path / "out"), "--search", "best"])
-    assert leaving.value.code == 2
     if not torch.cuda.is_available():
         assert "no GPU" in refused(capsys, 2, source, tmp_path / "out", "--device", "cuda")
 
@@ -601,21 +602,27 @@ def test_full_disk_is_one_line_and_resumable(source, converted, tmp_path, monkey
 
 def test_too_small_a_disk_is_refused_before_any_shard(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert "GB are free, wanted" in refused(capsys, 1, source, tmp_path / "out")
+    assert "1,000 bytes are free, wanted" in refused(capsys, 1, source, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_refused_result_has_no_index(source, tmp_path, monkeypatch, capsys):
-    zero = torch.zeros(144, 12, dtype=torch.float8_e4m3fn)
-    monkeypatch.setattr(nvfp4, "search_scales", lambda x, *_: zero[: x.shape[0], : x.shape[1] // 16])
+    def zero(x, *_):
+        return torch.zeros(x.shape[0], x.shape[1] // 16, dtype=torch.float8_e4m3fn)
+
+    monkeypatch.setattr(nvfp4, "search_scales", zero)
     assert main([str(source), str(tmp_path / "out")]) == 1
     assert "block scales are zero, negative or NaN" in capsys.readouterr().err
     assert not (tmp_path / "out" / INDEX).exists()
 
 
-def test_plan_refuses_an_unknown_setting():
-    with pytest.raises(Exception, match="search: got 'best', wanted one of mse, max, four-six"):
+def test_unknown_search_is_refused_by_command_and_function(capsys):
+    with pytest.raises(UsageError, match="search: got 'best', wanted one of mse, max, four-six"):
         Settings(search="best")
+    with pytest.raises(SystemExit) as leaving:
+        main(["bundled", "out", "--search", "best"])
+    line = capsys.readouterr().err
+    assert leaving.value.code == 2 and line.startswith("error: argument --search: ") and line.count("\n") == 1
 
 
 def test_source_that_shrinks_while_being_read_is_an_error(source, tmp_path):

@@ -1,0 +1,108 @@
+"""The converter's command line.
+
+python -m quantize.nvfp4 SRC DST
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from step_kernels.cli import Parser
+from step_kernels.model.checkpoint import CheckpointError
+from step_kernels.nvfp4 import SEARCHES
+
+from .cli import print_problems
+from .convert import STATE, Summary, run
+from .modelopt import NAMES
+from .plan import KV_CACHES, RECIPES, Settings, UsageError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; gives the exit status."""
+    options = _parser().parse_args(arguments)
+    again = f"python -m quantize.nvfp4 {shlex.join([*_without_resume(arguments), '--resume'])}"
+    try:
+        settings = Settings(options.recipe, options.search, options.kv_cache, options.names)
+        summary = run(
+            options.source,
+            options.target,
+            settings,
+            verify=options.verify,
+            resume=options.resume,
+            device=options.device,
+            progress=True,
+        )
+    except UsageError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except CheckpointError as e:
+        begun = (Path(options.target) / STATE).exists()
+        print(f"error: {e}" + (f"; to go on: {again}" if begun else ""), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; to go on: {again}", file=sys.stderr)
+        return 130
+    _print(summary, options)
+    return 1 if summary.problems else 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m quantize.nvfp4",
+        description="Converts a BF16 or FP8 Step-3.5 or Step-3.7 checkpoint to NVFP4 for vLLM, SGLang, TensorRT-LLM, "
+        "one expert at a time. Activation scales (input_scale) are 1.0, for no calibration data is used.",
+        epilog="example: python -m quantize.nvfp4 Step-3.7-Flash Step-3.7-Flash-NVFP4 --search mse --kv-cache fp8",
+    )
+    parser.add_argument(
+        "source", metavar="SRC", help="folder of the checkpoint, or the word bundled for the one inside"
+    )
+    parser.add_argument("target", metavar="DST", help="folder to make; must not exist or be empty, but for --resume")
+    parser.add_argument("--recipe", choices=RECIPES, default=RECIPES[0], help="what to quantize (default: %(default)s)")
+    parser.add_argument(
+        "--search",
+        choices=SEARCHES,
+        default="mse",
+        help="how block scales are chosen: least squared error of nine, amax / 6, or the better of amax / 6 and "
+        "amax / 4 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--kv-cache", choices=KV_CACHES, default="fp8", help="KV cache type to ask of engines (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--names",
+        choices=NAMES,
+        default="source",
+        help="tensor names: the source's, or the NVFP4 release's, model.language_model.* (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True, help="check the result (default: yes)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with a stopped conversion in DST")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    return parser
+
+
+def _without_resume(arguments: list[str] | None) -> list[str]:
+    return [a for a in (sys.argv[1:] if arguments is None else arguments) if a != "--resume"]
+
+
+def _print(summary: Summary, options: argparse.Namespace) -> None:
+    if summary.errors.sums:
+        print(summary.errors.table())
+        print(f"read {_size(summary.bytes_in)}, wrote {_size(summary.bytes_out)} in {summary.seconds:.1f} s")
+    if summary.left_out:
+        print(f"not copied: {', '.join(summary.left_out)}")
+    print_problems(summary.problems)
+    if not summary.problems:
+        print(f"{options.target}: {'verified' if options.verify else 'not verified'}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
