@@ -5,7 +5,6 @@ python -m bench.bundled [FOLDER]
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from step_kernels.cli import Parser
 from step_kernels.model.config import FULL, SLIDING, StepConfig
 from step_kernels.model.step import Step3p7
 from step_kernels.model.weights import RandomWeights
@@ -178,7 +178,7 @@ def picture() -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.bundled", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.bundled", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=BUNDLED, help="where to write it (the package's own)")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -74,7 +74,7 @@ class Op:
             if reason is None:
                 with torch.cuda.device(device):
                     return kernel.launch(*args)
-        raise RuntimeError(f"{self.name}: no kernel serves this call\n{table(self.name, *args)}")
+        raise RuntimeError(f"{self.name}: no kernel serves this call\n{table(self.name, *args, capability=capability)}")
 
 
 def define(*, check: Callable, fake: Callable, kernels: tuple[Kernel, ...] = (), mutates: tuple[str, ...] = ()):

@@ -137,7 +137,7 @@ def assert_kernel_equals_reference(logits, bias, top_k, scale=3.0):
         weights, ids = sk.moe_topk(logits, bias, top_k, scale)
     wanted_weights, wanted_ids = sk.moe_topk.reference(logits, bias, top_k, scale)
     assert torch.equal(ids, wanted_ids)
-    torch.testing.assert_close(weights, wanted_weights, rtol=1e-6, atol=1e-30, equal_nan=True)
+    torch.testing.assert_close(weights, wanted_weights, rtol=2e-6, atol=1e-30, equal_nan=True)
 
 
 @pytest.mark.gpu
@@ -178,7 +178,7 @@ def test_cuda_kernel_writes_its_outputs_and_nothing_beside_them(tokens):
     ids = torch.full((tokens + 8, 8), -7, dtype=torch.int32, device="cuda")
     VARIANTS[288].launch((2, 1, 1), 128, logits, bias, weights[4:], ids[4:], 288, tokens, 288, 8, 3.0)
     for out, wanted in zip((weights, ids), sk.moe_topk.reference(logits, bias, 8, 3.0)):
-        torch.testing.assert_close(out[4:-4], wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(out[4:-4], wanted, rtol=2e-6, atol=0)
         assert (out[:4] == -7).all() and (out[-4:] == -7).all()
 
 
@@ -201,7 +201,7 @@ def test_a_cuda_graph_replays_the_kernel_on_new_logits():
     graph.replay()
     wanted_weights, wanted_ids = sk.moe_topk.reference(logits, bias, 8, 3.0)
     assert torch.equal(ids, wanted_ids)
-    torch.testing.assert_close(weights, wanted_weights, rtol=1e-6, atol=0)
+    torch.testing.assert_close(weights, wanted_weights, rtol=2e-6, atol=0)
 
 
 @pytest.mark.gpu

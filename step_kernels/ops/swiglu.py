@@ -45,4 +45,4 @@ def swiglu(gate_up: Tensor, limit: float | None = None) -> Tensor:
     gate = F.silu(gate)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return (gate * up).to(gate_up.dtype)
+    return (gate * up).to(gate_up.dtype).contiguous()

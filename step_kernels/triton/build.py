@@ -8,13 +8,14 @@ machine Triton compiles for itself.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from ..cli import Parser
 
 ARCHITECTURES = (80, 89, 90, 100, 103, 120)
 
@@ -45,7 +46,7 @@ def compile_variant(kernel, types: dict, constants: dict, warps: int, architectu
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Compile every Triton kernel for each compute capability; needs no GPU.",
         epilog="example: python -m step_kernels.triton.build 90 100",
     )

@@ -1,0 +1,52 @@
+"""python -m step_kernels: what this machine offers, and which kernel would serve each op."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+
+import torch
+
+from . import __version__, registry
+from .cli import Parser
+
+
+def versions() -> list[tuple[str, str]]:
+    """(what, its version) of everything that decides which kernels run."""
+    found = [("step_kernels", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
+    for package in ("triton", "cuda-bindings", "nvidia-cuda-nvrtc"):
+        try:
+            found.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            found.append((package, "not installed"))
+    return [*found, ("nvcc", shutil.which("nvcc") or "not on PATH")]
+
+
+def gpus() -> list[tuple[str, str]]:
+    """(device, name and capability), or the one line of a machine without a GPU."""
+    if not torch.cuda.is_available():
+        return [("GPU", "no GPU: ops run their references")]
+    devices = range(torch.cuda.device_count())
+    capability = registry.compute_capability
+    return [(f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, sm_{capability(i)}") for i in devices]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m step_kernels",
+        description="Print versions, GPUs, and for each op which kernel serves it and why the others do not.",
+        epilog="example: python -m step_kernels",
+    )
+    parser.parse_args(arguments)
+    for what, found in versions() + gpus():
+        print(f"{what:<18} {found}")
+    for op in registry.ops():
+        print()
+        registry.explain(op)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
