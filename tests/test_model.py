@@ -222,16 +222,20 @@ def exact_convolutions():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_gpu_logits_equal_the_cpus(model, exact_convolutions, dtype, bound):
-    on_gpu = Step3p7.from_pretrained(BUNDLED, "cuda", dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_logits_equal_the_cpus(model, exact_convolutions, dtype):
+    """In bf16 near ties route to other experts: the GPU may err against f32 at most twice as much as the CPU."""
+    on_gpu, on_cpu = (Step3p7.from_pretrained(BUNDLED, device, dtype) for device in ("cuda", "cpu"))
     ids = tokens(2, 150)
     ids[0, 5:14] = ids[1, 20:33] = IMAGE
     generator = torch.Generator().manual_seed(4)
     images, patches = torch.randn(2, 3, 168, 168, generator=generator), torch.randn(1, 3, 112, 112, generator=generator)
-    assert relative_error(on_gpu(ids, images, patches, [0, 1]), model(ids, images, patches, [0, 1])) < bound
-    for got, wanted in zip(on_gpu.draft_logits(ids), model.draft_logits(ids), strict=True):
-        assert relative_error(got, wanted) < bound
+
+    def logits(m):
+        return [m(ids, images, patches, [0, 1]), *m.draft_logits(ids)]
+
+    for gpu, cpu, wanted in zip(logits(on_gpu), logits(on_cpu), logits(model), strict=True):
+        assert relative_error(gpu, wanted) < 2 * relative_error(cpu, wanted) + 1e-4
 
 
 @pytest.mark.gpu

@@ -144,8 +144,8 @@ def test_triton_kernel_writes_its_output_and_nothing_beside_it(n):
 
     x = random_rows(3, 2 * n)
     out = torch.full((5, n), -7.0, dtype=torch.bfloat16, device=DEVICE)
-    grid = (3, triton.cdiv(n, 256))
-    _swiglu_kernel[grid](x, out[1:], 2 * n, n, 7.0, HAS_LIMIT=True, BLOCK=256, num_warps=1)
+    grid = (1, triton.cdiv(n, 256))
+    _swiglu_kernel[grid](x, out[1:], 3, 2 * n, n, 7.0, HAS_LIMIT=True, ROWS=4, BLOCK=256, num_warps=4)
     torch.testing.assert_close(out[1:4], sk.swiglu.reference(x, 7.0), rtol=0.01, atol=1e-6)
     assert (out[0] == -7).all() and (out[4] == -7).all()
 
@@ -222,7 +222,7 @@ def test_every_triton_kernel_compiles_for_every_gpu_generation():
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     built = [line for line in run.stdout.splitlines() if line.startswith("swiglu")]
-    assert len(built) == 6 * 6  # three types, with and without limit, for sm_80, 89, 90, 100, 103 and 120
+    assert len(built) == 12 * 6  # three types, with and without limit, two tiles, for sm_80, 89, 90, 100, 103 and 120
     assert all(" bytes, " in line for line in built)
 
 
