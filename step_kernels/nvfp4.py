@@ -122,7 +122,7 @@ def search_scales(x: Tensor, global_scale: Tensor, search: str = "max") -> Tenso
     best, error = scale, _block_error(blocks, scale, outer)
     for candidate in candidates[1:]:
         e = _block_error(blocks, candidate, outer)
-        better = (e < error) & (amax != 0)
+        better = e < error  # never in a zero block, whose errors are all 0
         # float8 has no torch.where on every device: choose among the codes
         best = torch.where(better, candidate.view(torch.uint8), best.view(torch.uint8)).view(torch.float8_e4m3fn)
         error = torch.where(better, e, error)

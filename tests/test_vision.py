@@ -149,6 +149,7 @@ def released(mlp_ratio):
             num_hidden_layers=1,
             max_position_embeddings=262144,
             layer_types=["full_attention"],
+            moe_layers_enum="",
             num_attention_heads=64,
             num_attention_groups=8,
             head_dim=128,

@@ -7,6 +7,7 @@ Names are given in one scheme, the BF16 release's: `model.layers.N...`, `vision_
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
@@ -96,14 +97,12 @@ def read_header(file: Path) -> dict[str, Entry]:
         try:
             dtype, shape, (begin, end) = DTYPES.get(info["dtype"]), tuple(info["shape"]), info["data_offsets"]
             sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            sound = sound and math.prod(max(n, 1) for n in shape) < 2**63  # torch's limit, even for empty tensors
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{file}: {name}: the header lacks dtype, shape or data_offsets") from None
         if dtype is None:
             raise CheckpointError(f"{file}: {name}: dtype {info['dtype']}, wanted one of {', '.join(DTYPES)}")
-        count = 1
-        for n in shape if sound else ():
-            count *= n
-        if not sound or end - begin != count * dtype.itemsize:
+        if not sound or end - begin != math.prod(shape) * dtype.itemsize:
             raise CheckpointError(f"{file}: {name}: bytes {begin} to {end} do not hold {info['dtype']} {list(shape)}")
         if data + end > size:
             raise CheckpointError(f"{file}: {name}: ends at byte {data + end}, the file has {size} (truncated?)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +93,8 @@ class StepConfig:
             raise CheckpointError(f"{source}: model_type is {kind!r}, wanted step3p5 or step3p7")
         num_layers = text.size("num_hidden_layers")
         num_mtp = text.get("num_nextn_predict_layers", 0, int)
+        if num_mtp < 0:
+            text.fail("num_nextn_predict_layers", "0 or more")
         layers = _layers(text, num_layers, num_mtp)
         eos = text.data.get("eos_token_id", data.get("eos_token_id"))
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
@@ -126,24 +129,26 @@ class StepConfig:
 def _layers(text: Fields, trunk: int, mtp: int) -> tuple[LayerConfig, ...]:
     count = trunk + mtp
     types = text.per_layer("layer_types", count, (str,))
-    if len(text.data.get("layer_types") or []) < trunk or set(types[:trunk]) - {FULL, SLIDING}:
+    if None in types[:trunk] or set(types) - {FULL, SLIDING, None}:
         text.fail("layer_types", f"a list of {trunk} or more of {FULL}, {SLIDING}")
     types = [t or SLIDING for t in types]  # MTP layers slide
     if SLIDING in types:
         text.size("sliding_window")
     thetas = text.per_layer("rope_theta", count, (int, float), 1e4)
     rotary = text.per_layer("partial_rotary_factors", count, (int, float), 1.0)
-    limits = text.per_layer("swiglu_limits", count, (int, float))
-    shared = text.per_layer("swiglu_limits_shared", count, (int, float))
+    limits, shared = (text.per_layer(f"swiglu_limits{s}", count, (int, float)) for s in ("", "_shared"))
     enum = text.data.get("moe_layers_enum")
     try:
-        moe = {int(i) for i in (enum.split(",") if isinstance(enum, str) else enum)} if enum else set()
+        moe = {int(i) for i in (enum.split(",") if isinstance(enum, str) else enum) if i != ""}
     except (TypeError, ValueError):
-        text.fail("moe_layers_enum", "a list of layer numbers, or a string of them with commas")
-    if not text.get("use_head_wise_attn_gate", True, bool):
-        text.fail("use_head_wise_attn_gate", "true")
-    if text.get("moe_router_activation", "sigmoid", str) != "sigmoid":
-        text.fail("moe_router_activation", "sigmoid")
+        moe = {-1}
+    if not moe <= set(range(count)):
+        text.fail("moe_layers_enum", f"a list of layers from 0 to {count - 1}, or a string with commas")
+    if text.data.get("use_rope_layers"):
+        text.fail("use_rope_layers", "none listed: rope is on every layer")
+    for name, wanted in (("use_head_wise_attn_gate", True), ("moe_router_activation", "sigmoid")):
+        if text.data.get(name, wanted) != wanted:
+            text.fail(name, json.dumps(wanted))
     scaling, scaled_types = _rope_scaling(text), text.data.get("yarn_only_types") or [FULL]
     other = text.part("attention_other_setting") if "attention_other_setting" in text.data else text
     layers = []
@@ -204,9 +209,9 @@ def _rope_scaling(text: Fields) -> RopeScaling | None:
     if not text.data.get(name):
         return None
     fields = text.part(name)
-    if fields.get("rope_type", "default", str) == "default":
+    if fields.data.get("rope_type", "factor" not in fields.data and "default") == "default":
         return None
-    if fields.data["rope_type"] != "llama3":
+    if fields.data.get("rope_type") != "llama3":
         fields.fail("rope_type", "llama3 or default")
     names = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
     return RopeScaling(*(fields.number(n) for n in names))
