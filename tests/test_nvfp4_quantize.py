@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import step_kernels as sk
+from step_kernels import nvfp4
 
 OPS = torch.ops.step_kernels
 ONE = torch.tensor(1.0)
@@ -114,3 +115,16 @@ def test_bad_arguments_are_named(case):
     message, kind, op, *args = case
     with pytest.raises(kind, match=message):
         op(*args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("search", nvfp4.SEARCHES)
+def test_gpu_chooses_the_scales_and_codes_that_the_cpu_chooses(search):
+    x = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)) * 0.02
+    outer = nvfp4.global_scale(x.abs().amax(), search)
+    scales = nvfp4.search_scales(x, outer, search)
+    assert torch.equal(nvfp4.global_scale(x.cuda().abs().amax(), search).cpu(), outer)
+    on_gpu = nvfp4.search_scales(x.cuda(), outer.cuda(), search)
+    assert torch.equal(on_gpu.view(torch.uint8).cpu(), scales.view(torch.uint8))
+    codes, _ = nvfp4.quantize(x.cuda(), outer.cuda(), on_gpu)
+    assert torch.equal(codes.cpu(), nvfp4.quantize(x, outer, scales)[0])

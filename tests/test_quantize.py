@@ -632,3 +632,11 @@ def test_source_that_shrinks_while_being_read_is_an_error(source, tmp_path):
     os.truncate(entry.file, entry.begin + 10)
     with pytest.raises(CheckpointError, match="lm_head.weight: the file ends at byte"):
         list(quantize.shards.read_chunks(entry))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("search", nvfp4.SEARCHES)
+def test_gpu_writes_the_bytes_that_the_cpu_writes(source, tmp_path, search):
+    for device in ("cpu", "cuda"):
+        run(source, tmp_path / device, Settings(search=search), device=device)
+    assert contents(tmp_path / "cpu") == contents(tmp_path / "cuda")
