@@ -149,7 +149,7 @@ def __getattr__(name: str):
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Compile every csrc/*.cu with nvcc for every target that its name prefix promises.",
-        epilog="example: python csrc/build.py --jobs 2 --out /tmp/cubins",
+        epilog="example: python csrc/build.py --jobs 2 --out cubins",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at once (default: all cores)")
     parser.add_argument("--out", type=Path, default=CUBINS, help="folder for the cubins (default: csrc/cubins)")

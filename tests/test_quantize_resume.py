@@ -1,0 +1,170 @@
+"""The converter stopped: killed, interrupted, out of disk or memory bounds, and going on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_checkpoint import PROJECTIONS, TEXT, contents, refused, tensors_of, write_source
+
+import quantize.shards
+from quantize import run
+from quantize.layout import expert_shapes, tensor_shapes
+from quantize.nvfp4 import main
+from step_kernels.model.checkpoint import INDEX
+from step_kernels.model.config import StepConfig
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(monkeypatch, function: str, calls: int):
+    """Makes os.`function` raise from its call number `calls` on, as if the process had died there."""
+    original, count = getattr(os, function), iter(range(10**9))
+
+    def die(*args, **kwargs):
+        if next(count) >= calls:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(quantize.shards.os, function, die)
+
+
+@pytest.mark.parametrize("function", ["replace", "pwrite", "fsync"])
+def test_killed_anywhere_and_resumed_gives_the_same_bytes(function, source, converted, tmp_path, monkeypatch):
+    kills = 0
+    for calls in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 30, 60, 90, 120):
+        folder = tmp_path / str(calls)
+        with monkeypatch.context() as patch:
+            killed_at(patch, function, calls)
+            try:
+                run(source, folder)
+            except Killed:
+                kills += 1
+                assert not (folder / INDEX).exists()
+        for whole in folder.glob("*.safetensors"):
+            assert whole.read_bytes() == (converted / whole.name).read_bytes()
+        errors = run(source, folder, resume=True).errors
+        assert contents(folder) == contents(converted)
+        assert errors.sums.keys() in ({(i, p) for i in (1, 2) for p in PROJECTIONS}, set())
+    assert kills >= 9
+
+
+def test_process_killed_by_sigkill_resumes_to_the_same_bytes(source, converted, tmp_path):
+    for i, delay in enumerate((0.0, 0.02, 0.08)):
+        folder = tmp_path / str(i)
+        command = [sys.executable, "-m", "quantize.nvfp4", str(source), str(folder)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not folder.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert main([str(source), str(folder), "--resume"]) == 0
+        assert contents(folder) == contents(converted)
+
+
+def test_resumed_run_keeps_whole_shards_and_their_errors(source, tmp_path, monkeypatch):
+    wanted = run(source, tmp_path / "whole").errors
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, "replace", 6)  # state, then state and shard thrice: the third shard is not renamed
+        run(source, tmp_path / "out")
+    kept = {f.name: f.stat().st_ino for f in (tmp_path / "out").glob("*.safetensors")}
+    assert sorted(kept) == ["model-00001-of-00004.safetensors", "model-00002-of-00004.safetensors"]
+    summary = run(source, tmp_path / "out", resume=True)
+    assert all((tmp_path / "out" / name).stat().st_ino == inode for name, inode in kept.items())
+    assert summary.errors.sums == wanted.sums
+
+
+def test_resume_with_other_settings_or_source_is_refused(source, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, "replace", 4)
+        run(source, tmp_path / "out")
+    other = write_source(tmp_path / "other", TEXT | {"max_position_embeddings": 128}, tensors_of(TEXT))
+    assert "other settings" in refused(capsys, 2, source, tmp_path / "out", "--resume", "--search", "max")
+    assert "another source" in refused(capsys, 2, other, tmp_path / "out", "--resume")
+    assert main([str(source), str(tmp_path / "out"), "--resume"]) == 0
+    assert "no stopped conversion" in refused(capsys, 2, source, tmp_path / "out", "--resume", "--search", "max")
+
+
+def test_interrupt_says_how_to_go_on(source, tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize.shards.os, "pwrite", interrupt)
+    line = refused(capsys, 130, source, tmp_path / "out")
+    assert line == f"interrupted; to go on: python -m quantize.nvfp4 {source} {tmp_path / 'out'} --resume\n"
+
+
+def test_index_is_renamed_last_after_both_metadata_files(source, tmp_path, monkeypatch):
+    order, replace = [], os.replace
+    monkeypatch.setattr(quantize.shards.os, "replace", lambda a, b: (order.append(Path(b).name), replace(a, b)))
+    run(source, tmp_path / "out")
+    assert order[-3:] == ["hf_quant_config.json", "config.json", INDEX]
+    assert set(order[:-3]) >= {f.name for f in source.glob("*.safetensors")}
+
+
+def test_memory_stays_within_a_few_slices_on_a_300_mb_model(tmp_path):
+    text = TEXT | {
+        "hidden_size": 1024,
+        "moe_intermediate_size": 512,
+        "moe_num_experts": 64,
+        "vocab_size": 25_000,
+        "num_hidden_layers": 1,
+        "num_nextn_predict_layers": 0,
+        "layer_types": ["full_attention"],
+        "moe_layers_enum": [0],
+    }
+    shapes = expert_shapes(StepConfig.from_dict(text)) | tensor_shapes(StepConfig.from_dict(text))
+    row = (torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    tensors = {n: row.repeat(-(-torch.Size(s).numel() // len(row)))[: torch.Size(s).numel()] for n, s in shapes.items()}
+    folder = write_source(tmp_path / "source", text, {n: t.reshape(shapes[n]) for n, t in tensors.items()})
+    assert sum(f.stat().st_size for f in folder.iterdir()) > 290e6
+    # VmHWM, unlike ru_maxrss, starts anew with the process.
+    code = """if True:
+        import re, sys
+        from quantize import Settings, run
+        peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+        before = peak()
+        assert not run(sys.argv[1], sys.argv[2], Settings(search="max")).problems
+        print(peak() - before)"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc to read the peak from")
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
+    assert int(out.stdout) < 100 * 1024  # kB
+
+
+# Bad input.
+
+
+def test_full_disk_is_one_line_and_resumable(source, converted, tmp_path, monkeypatch, capsys):
+    pwrite, calls = os.pwrite, iter(range(10**9))
+
+    def full(*args):
+        if next(calls) > 40:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize.shards.os, "pwrite", full)
+        assert "No space left on device; to go on:" in refused(capsys, 1, source, tmp_path / "out")
+    assert main([str(source), str(tmp_path / "out"), "--resume"]) == 0
+    assert contents(tmp_path / "out") == contents(converted)
+
+
+def test_too_small_a_disk_is_refused_before_any_shard(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "1,000 bytes are free, wanted" in refused(capsys, 1, source, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
