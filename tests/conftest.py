@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter and tests marked `gpu` are skipped."""
+"""Without a GPU, Triton runs in its interpreter and `gpu` tests are skipped; and a source that many tests convert."""
 
 import os
 
