@@ -11,6 +11,7 @@ import torch
 
 from . import __version__, registry
 from .cli import Parser
+from .testing import sample_arguments
 
 
 def versions() -> list[tuple[str, str]]:
@@ -33,13 +34,35 @@ def gpus() -> list[tuple[str, str]]:
     return [(f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, sm_{capability(i)}") for i in devices]
 
 
+def matrix() -> str:
+    """Markdown: the kernel that serves each op at the model's shapes, by GPU and activation dtype."""
+    gpus = {"Ampere": (80,), "Ada": (89,), "Hopper": (90,), "Blackwell": (100, 103), "RTX Blackwell": (120,)}
+    heads = [f"{name} (sm_{', '.join(map(str, chips))})" for name, chips in gpus.items()]
+    lines = ["| op | activations | " + " | ".join(heads) + " | CPU |", "|---" * (len(heads) + 3) + "|"]
+    for op in registry.ops():
+        rows: dict[tuple, list[str]] = {}
+        for name in ("bfloat16", "float16", "float32"):
+            args = sample_arguments(op, getattr(torch, name))
+            chosen = [dict.fromkeys(registry.choice(op, chip, *args) for chip in chips) for chips in gpus.values()]
+            rows.setdefault(tuple(" / ".join(names) for names in chosen), []).append(name)
+        for chosen, names in rows.items():
+            what = "all" if len(names) == 3 else ", ".join(names)
+            lines.append(f"| `{op}` | {what} | " + " | ".join(chosen) + " | reference |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m step_kernels",
         description="Print versions, GPUs, and for each op which kernel serves it and why the others do not.",
         epilog="example: python -m step_kernels",
     )
-    parser.parse_args(arguments)
+    parser.add_argument(
+        "--matrix", action="store_true", help="print the support table of every GPU instead, as markdown"
+    )
+    if parser.parse_args(arguments).matrix:
+        print(matrix())
+        return 0
     for what, found in versions() + gpus():
         print(f"{what:<18} {found}")
     for op in registry.ops():

@@ -153,6 +153,21 @@ def explain(op: str, *args, capability: int | None = None) -> None:
     print(table(op, *args, capability=capability))
 
 
+def choice(op: str, capability: int, *args) -> str:
+    """The kernel that would serve a call on a GPU of `capability` with every package installed; for support tables."""
+    for kernel in _ops[op].kernels:
+        low, high = kernel.capability
+        if low <= capability <= high and not (kernel.refuse and kernel.refuse(*_flatten(args))):
+            return kernel.name
+    raise RuntimeError(f"{op}: no kernel serves sm_{capability}")
+
+
+def reference_only(op: str, device: torch.device) -> bool:
+    """Whether no kernel but the reference could serve the op on a GPU (the backend forced or none installed)."""
+    rows = _ops[op].rows(compute_capability(device.index), ())
+    return next(kernel.name for kernel, reason in rows if reason is None) == "reference"
+
+
 def expect(name: str, tensor: Tensor, shape: tuple, dtypes: tuple[torch.dtype, ...] | torch.dtype) -> None:
     """Raise unless `tensor` has this shape (None: any size; a leading ...: any more dimensions) and dtype."""
     dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes

@@ -46,5 +46,39 @@ def nvfp4_weight(*shape: int, device: str = "cpu", seed: int = 0, parts: int | N
     return nvfp4.NVFP4Weight(codes.to(device), scales.to(device), scale.to(device))
 
 
+def sample_arguments(op: str, dtype: torch.dtype) -> tuple:
+    """Arguments of an op at Step-3.7-Flash's shapes, eight tokens, on the meta device: what support tables ask about."""
+
+    def of(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def weight(*shape: int, outer: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
+        codes, scales = (*shape[:-1], shape[-1] // 2), (*shape[:-1], shape[-1] // 16)
+        return of(*codes, dtype=torch.uint8), of(*scales, dtype=torch.float8_e4m3fn), of(*outer, dtype=torch.float32)
+
+    def i32(*shape: int) -> Tensor:
+        return of(*shape, dtype=torch.int32)
+
+    tokens, hidden, scale = 8, 4096, of(dtype=torch.float32)
+    q, kv = of(tokens, 64, 128), of(tokens, 8, 128)
+    pages = of(64, 8, 64, 128, dtype=torch.float8_e4m3fn)
+    cache = (pages, pages, scale, scale)
+    norm, frequencies = (of(128), of(128), 1e-5), of(32, dtype=torch.float32)
+    experts = (*weight(288, 2560, hidden, outer=(288, 2)), *weight(288, hidden, 1280, outer=(288,)))
+    routing = of(tokens, 8, dtype=torch.float32), i32(tokens, 8)
+    return {
+        "moe_topk": (of(tokens, 288, dtype=torch.float32), of(288, dtype=torch.float32), 8, 3.0),
+        "swiglu": (of(tokens, 2560), 7.0),
+        "rms_norm": (of(tokens, hidden), of(hidden), 1e-5),
+        "add_rms_norm": (of(tokens, hidden), of(tokens, hidden), of(hidden), 1e-5),
+        "nvfp4_quantize": (of(tokens, hidden), scale),
+        "nvfp4_dequantize": (*weight(hidden, hidden), dtype),
+        "nvfp4_linear": (of(tokens, hidden), *weight(8192, hidden)),
+        "nvfp4_moe": (of(tokens, hidden), *routing, *experts, 7.0),
+        "kv_append": (q, kv, kv, *norm, frequencies, i32(tokens), i32(tokens), *cache),
+        "paged_attention": (q, *cache, i32(tokens, 64), i32(tokens), i32(tokens + 1), 512, of(tokens, 64)),
+    }[op]
+
+
 def _is_plain_float(a) -> bool:
     return isinstance(a, Tensor) and a.dtype in (torch.bfloat16, torch.float16, torch.float32)

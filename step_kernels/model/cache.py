@@ -81,6 +81,15 @@ class CachedTokens:
         self.cache, self.groups = cache, groups
         self.positions, self.lengths, self.query_start = (t.to(cache.device) for t in (positions, lengths, query_start))
 
+    def tensors(self) -> list[Tensor]:
+        """All that a step depends on besides its tokens, in a fixed order."""
+        return [self.positions, self.lengths, self.query_start, *(t for pair in self.groups.values() for t in pair)]
+
+    def clone(self) -> CachedTokens:
+        """The same step in tensors of its own."""
+        groups = {window: (slots.clone(), table.clone()) for window, (slots, table) in self.groups.items()}
+        return CachedTokens(self.cache, self.positions.clone(), self.lengths.clone(), self.query_start.clone(), groups)
+
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         """q [tokens, heads, d], k and v alike, gate [tokens, heads] -> q's shape; k and v join the cache."""
         k_cache, v_cache = self.cache.layers[attention.index]

@@ -7,6 +7,7 @@ from the trunk's own distribution.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .cache import PagedCache
+from .graph import DecodeGraphs, refusal, step
 
 
 @dataclass
@@ -28,10 +30,10 @@ class DraftStats:
 class _Request:
     tokens: list[int]  # prompt and chosen tokens; the trunk has seen all but the last
     embeddings: Tensor  # [prompt, hidden], image features included
+    done: list[int]  # by depth: items whose token is settled and computed
+    tail: list[Tensor]  # by depth: hidden states that wait for their token
     new: int = 0
     finished: bool = False
-    done: list[int] = field(default_factory=list)  # by depth: items whose token is settled and computed
-    tail: list[Tensor] = field(default_factory=list)  # by depth: hidden states that wait for their token
 
 
 def generate(
@@ -47,12 +49,14 @@ def generate(
     images: list[dict] | None = None,
     stop_ids: tuple[int, ...] | None = None,
     chunk: int = 2048,
+    graphs: bool | None = None,
     stats: DraftStats | None = None,
 ) -> Iterator[tuple[int, int]]:
     """(request, token) pairs as they are chosen, each request's in order, its stop token included.
 
     `images`: for each prompt the image arguments of Step3p7's call. `kv_cache`: fp8, or `model` for the model's
     dtype. `temperature` 0 is greedy. `stop_ids` default to the config's. `chunk`: prompt tokens a prefill step.
+    `graphs`: decode in CUDA graphs, by default wherever the kernels allow it.
     """
     config = model.config
     if mtp and not model.mtp:
@@ -68,6 +72,9 @@ def generate(
         raise ValueError(
             f"prompts: prompt and max_new_tokens make {length} tokens, wanted at most {config.max_positions}"
         )
+    reason = refusal(model)
+    if graphs and reason:
+        raise ValueError(f"graphs: {reason}")
     depths = len(model.mtp) if mtp else 0
     dtype = torch.float8_e4m3fn if kv_cache == "fp8" else model.dtype
     cache = PagedCache(
@@ -75,41 +82,47 @@ def generate(
     )
     generator = torch.Generator(model.device).manual_seed(seed)
     stop = set(config.eos_ids if stop_ids is None else stop_ids)
-    if stats is not None:
-        stats.drafted, stats.accepted = [0] * depths, [0] * depths
+    requests = []
+    with torch.inference_mode():
+        for i, prompt in enumerate(prompts):
+            embeddings = model.embed(torch.tensor(prompt), **(images[i] if images else {}))
+            requests.append(_Request(list(prompt), embeddings, [0] * depths, [embeddings[:0]] * depths))
+    if max_new_tokens < 1:
+        return iter(())
     return _run(
-        model, cache, prompts, images, depths, chunk, max_new_tokens, stop, stats,
-        lambda logits: _choose(logits, temperature, top_p, generator),
-    )  # fmt: skip
+        model,
+        cache,
+        requests,
+        chunk,
+        choose=lambda logits: _choose(logits, temperature, top_p, generator),
+        keep=lambda request, token: _keep(request, token, max_new_tokens, stop),
+        run=DecodeGraphs(model) if graphs or (graphs is None and not reason) else functools.partial(step, model),
+        stats=stats or DraftStats(),
+    )
 
 
 @torch.inference_mode()
-def _run(model, cache, prompts, images, depths, chunk, max_new_tokens, stop, stats, choose):
-    requests = []
-    for i, prompt in enumerate(prompts):
-        embeddings = model.embed(torch.tensor(prompt), **(images[i] if images else {}))
-        empty = embeddings[:0]
-        requests.append(_Request(list(prompt), embeddings, done=[0] * depths, tail=[empty] * depths))
-    if max_new_tokens < 1:
-        return
+def _run(model, cache, requests: list[_Request], chunk: int, *, choose, keep, run, stats: DraftStats):
+    depths = len(requests[0].done)
+    stats.drafted, stats.accepted = [0] * depths, [0] * depths
     hidden = [_prefill(model, cache, requests, i, chunk) for i in range(len(requests))]
     first = choose(model.logits(torch.cat(hidden))).tolist()
     for i, (request, token) in enumerate(zip(requests, first)):
-        _keep(request, token, max_new_tokens, stop)
+        keep(request, token)
         yield i, token
     while not all(r.finished for r in requests):
         drafts = _draft(model, cache, requests) if depths else [[] for _ in requests]
         fed = [[] if r.finished else [r.tokens[-1], *d] for r, d in zip(requests, drafts)]
         context = cache.tokens([len(r.tokens) - 1 for r in requests], [len(f) for f in fed])
-        x = model.trunk(model.embed_tokens[torch.tensor(sum(fed, []), device=model.device)], context)
-        chosen = choose(model.logits(x)).tolist()
+        x, logits = run(torch.tensor(sum(fed, []), device=model.device), context)
+        chosen = choose(logits).tolist()
         begin = 0
         for i, request in enumerate(requests):
             if not fed[i]:
                 continue
             kept = matched = 0
             for place, token in enumerate(chosen[begin : begin + len(fed[i])]):
-                _keep(request, token, max_new_tokens, stop)
+                keep(request, token)
                 yield i, token
                 kept += 1
                 agrees = place < len(drafts[i]) and token == drafts[i][place]
@@ -118,10 +131,9 @@ def _run(model, cache, prompts, images, depths, chunk, max_new_tokens, stop, sta
                     break
             if depths:
                 request.tail[0] = torch.cat((request.tail[0], x[begin : begin + kept]))
-                if stats is not None:
-                    for depth in range(depths):
-                        stats.drafted[depth] += 1
-                        stats.accepted[depth] += depth < matched
+            for depth in range(depths):
+                stats.drafted[depth] += 1
+                stats.accepted[depth] += depth < matched
             begin += len(fed[i])
             if request.finished:
                 cache.free(i)

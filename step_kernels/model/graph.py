@@ -1,0 +1,62 @@
+"""Decoding in CUDA graphs: a step's hundreds of launches as one, with nothing decided on the host in between."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..nvfp4 import NVFP4Experts
+from ..registry import reference_only
+from .cache import CachedTokens
+
+OPS = ("moe_topk", "swiglu", "nvfp4_linear", "nvfp4_moe", "kv_append", "paged_attention")
+
+
+class DecodeGraphs:
+    """Trunk and head over a step's tokens, a graph for each number of tokens, captured at its first use.
+
+    Lengths, positions, slots and page tables are inputs that each replay takes anew; so are the requests that
+    the tokens belong to. The outputs are overwritten by the next replay.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.graphs: dict[int, tuple] = {}
+
+    def __call__(self, tokens: Tensor, context: CachedTokens) -> tuple[Tensor, Tensor]:
+        """i64 [tokens] -> hidden states [tokens, hidden] and logits f32 [tokens, vocab]."""
+        if len(tokens) not in self.graphs:
+            self.graphs[len(tokens)] = self._capture(tokens, context)
+        graph, inputs, outputs = self.graphs[len(tokens)]
+        for kept, new in zip(inputs, (tokens, *context.tensors()), strict=True):
+            kept.copy_(new)
+        graph.replay()
+        return outputs
+
+    def _capture(self, tokens: Tensor, context: CachedTokens) -> tuple:
+        tokens, context = tokens.clone(), context.clone()
+        stream = torch.cuda.Stream(self.model.device)
+        stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        with torch.cuda.stream(stream):
+            step(self.model, tokens, context)  # compiles and loads; what it writes to the cache is written again
+        torch.cuda.current_stream(self.model.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = step(self.model, tokens, context)
+        return graph, (tokens, *context.tensors()), outputs
+
+
+def step(model, tokens: Tensor, context: CachedTokens) -> tuple[Tensor, Tensor]:
+    """The same without a graph."""
+    hidden = model.trunk(model.embed_tokens[tokens], context)
+    return hidden, model.logits(hidden)
+
+
+def refusal(model) -> str | None:
+    """Why this model's steps cannot be captured here, or None."""
+    if model.device.type != "cuda":
+        return f"the model is on {model.device}"
+    if not all(isinstance(layer.ffn.experts, NVFP4Experts) for layer in model.layers if hasattr(layer.ffn, "experts")):
+        return "the experts are not NVFP4: they run in a loop that the host drives"
+    slow = [op for op in OPS if reference_only(op, model.device)]
+    return f"{', '.join(slow)}: served by the reference, which the host drives" if slow else None

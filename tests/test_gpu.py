@@ -1,0 +1,138 @@
+"""The model on a GPU with the kernels that serve it there: graphs, long prompts, batches, real widths."""
+
+import copy
+
+import pytest
+import torch
+
+import step_kernels as sk
+from step_kernels.generate import BUNDLED
+from step_kernels.model import Step3p7
+from step_kernels.model.generation import generate
+from step_kernels.model.graph import refusal
+from step_kernels.testing import relative_error
+
+pytestmark = pytest.mark.gpu
+IMAGE = 5
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """The bundled model with NVFP4 experts."""
+    from quantize import run
+
+    folder = tmp_path_factory.mktemp("gpu") / "nvfp4"
+    assert run(BUNDLED, folder).problems == []
+    return folder
+
+
+def prompts(*lengths):
+    return [torch.randint(13, 448, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+
+
+def by_request(pairs, count):
+    out = [[] for _ in range(count)]
+    for request, token in pairs:
+        out[request].append(token)
+    return out
+
+
+def in_f32(model):
+    """The same weights, computed with in f32."""
+
+    def cast(thing):
+        if isinstance(thing, torch.Tensor):
+            return thing.float() if thing.dtype == torch.bfloat16 else thing
+        if isinstance(thing, (list, tuple)):
+            return type(thing)(cast(t) for t in thing)
+        if type(thing).__module__.startswith("step_kernels.model") and hasattr(thing, "__dict__"):
+            thing = copy.copy(thing)
+            for name, value in vars(thing).items():
+                object.__setattr__(thing, name, cast(value))
+        return thing
+
+    model = cast(model)
+    model.dtype = torch.float32
+    return model
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+@pytest.mark.parametrize("kv_cache", ["fp8", "model"])
+def test_graphs_give_the_tokens_of_eager_steps_and_of_the_cpu(packed, kv_cache, mtp):
+    on_gpu, on_cpu = (Step3p7.from_pretrained(packed, d, torch.float32) for d in ("cuda", "cpu"))
+    assert refusal(on_gpu) is None
+    options = dict(max_new_tokens=24, stop_ids=(), kv_cache=kv_cache, mtp=mtp)
+    batch = prompts(50, 1, 33)
+    wanted = by_request(generate(on_cpu, batch, **options), 3)
+    for graphs in (True, False):
+        assert by_request(generate(on_gpu, batch, graphs=graphs, **options), 3) == wanted
+
+
+def test_graphs_are_refused_where_the_reference_serves(packed):
+    model = Step3p7.from_pretrained(packed, "cuda", torch.float32)
+    with sk.force("reference"), pytest.raises(ValueError, match="graphs: .*served by the reference"):
+        model.generate([3], graphs=True)
+    with pytest.raises(ValueError, match="experts are not NVFP4"):
+        Step3p7.from_pretrained(BUNDLED, "cuda").generate([3], graphs=True)
+
+
+def test_bf16_nvfp4_logits_err_at_most_twice_as_much_as_transformers_with_decoded_weights(packed, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+
+    model = Step3p7.from_pretrained(packed, "cuda", torch.bfloat16)
+    exact = Step3p7.from_pretrained(packed, "cpu", torch.float64)
+    (tmp_path / "config.json").write_bytes((BUNDLED / "config.json").read_bytes())
+    for file in sorted(BUNDLED.glob("*.safetensors")):
+        tensors = load_file(file)
+        for n in (3, 4, 5):
+            experts = model.layers[n].ffn.experts
+            gate, up = experts.gate_up.dequantize().chunk(2, 1)
+            for projection, w in (("gate", gate), ("up", up), ("down", experts.down.dequantize())):
+                if f"model.layers.{n}.moe.{projection}_proj.weight" in tensors:
+                    tensors[f"model.layers.{n}.moe.{projection}_proj.weight"] = w.bfloat16().cpu().contiguous()
+        save_file(tensors, tmp_path / file.name, metadata={"format": "pt"})
+    oracle = transformers.Step3p7ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).cuda().eval()
+    ids = torch.randint(13, 448, (1, 100), generator=torch.Generator().manual_seed(0))
+    ids[0, 5:14] = IMAGE
+    image = torch.randn(1, 3, 168, 168, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        theirs = oracle(input_ids=ids.cuda(), pixel_values=image.cuda().bfloat16()).logits
+    wanted = exact(ids, image)
+    assert relative_error(model(ids, image), wanted) < 2 * relative_error(theirs, wanted)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    from bench.e2e import released_config
+
+    torch.cuda.empty_cache()
+    return Step3p7.random(released_config(6))
+
+
+def test_real_widths_err_at_most_twice_as_much_with_kernels_as_with_references(wide):
+    ids = torch.randint(0, 128000, (1, 700), generator=torch.Generator().manual_seed(0))
+    got, exact = wide(ids), in_f32(wide)
+    with sk.force("reference"):
+        eager, wanted = wide(ids), exact(ids)
+    assert relative_error(got, wanted) < 2 * relative_error(eager, wanted)
+
+
+def test_real_widths_decode_in_graphs_what_they_decode_eagerly(wide):
+    batch = [
+        torch.randint(0, 128000, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (600, 3, 2500)
+    ]
+    options = dict(max_new_tokens=8, stop_ids=(), mtp=True)
+    runs = [by_request(generate(wide, batch, graphs=g, **options), 3) for g in (True, True, False)]
+    assert runs[0] == runs[1]  # the same bits on every run
+    assert [len(r) for r in runs[2]] == [8, 8, 8]
+    assert runs[0] == runs[2]
+
+
+def test_real_widths_take_images_and_long_prompts(wide):
+    text = torch.randint(0, 128000, (20000,), generator=torch.Generator().manual_seed(3)).tolist()
+    text[100 : 100 + 169] = [128001] * 169
+    image = torch.randn(1, 3, 728, 728, generator=torch.Generator().manual_seed(4))
+    out = list(generate(wide, [text], max_new_tokens=5, stop_ids=(), images=[{"pixel_values": image}]))
+    blank = list(generate(wide, [text], max_new_tokens=5, stop_ids=(), images=[{"pixel_values": image * 0}]))
+    assert len(out) == 5 and all(0 <= token < 128896 for _, token in out) and out != blank
