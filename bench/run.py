@@ -15,7 +15,8 @@ from step_kernels.cli import Parser
 
 from . import timing
 
-OPS = ("moe_topk", "swiglu")  # a file of this folder each: CASES, inputs, work, contenders, error
+# a file of this folder each: CASES, inputs, work, contenders, error
+OPS = ("kv_append", "moe_topk", "nvfp4_linear", "nvfp4_moe", "nvfp4_quantize", "paged_attention", "rms_norm", "swiglu")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -2,6 +2,7 @@
 
 from .nvfp4 import NVFP4Experts, NVFP4Weight
 from .ops import (
+    add_rms_norm,
     kv_append,
     moe_topk,
     nvfp4_dequantize,
@@ -9,6 +10,7 @@ from .ops import (
     nvfp4_moe,
     nvfp4_quantize,
     paged_attention,
+    rms_norm,
     swiglu,
 )
 from .registry import explain, force
@@ -18,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NVFP4Experts",
     "NVFP4Weight",
+    "add_rms_norm",
     "explain",
     "force",
     "kv_append",
@@ -27,5 +30,6 @@ __all__ = [
     "nvfp4_moe",
     "nvfp4_quantize",
     "paged_attention",
+    "rms_norm",
     "swiglu",
 ]

@@ -61,7 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--matrix", action="store_true", help="print the support table of every GPU instead, as markdown"
     )
     if parser.parse_args(arguments).matrix:
-        print(matrix())
+        try:
+            print(matrix())
+        except ImportError as error:  # what a kernel accepts is said beside it
+            print(f"error: --matrix: {error}; wanted triton and cuda-bindings installed", file=sys.stderr)
+            return 1
         return 0
     for what, found in versions() + gpus():
         print(f"{what:<18} {found}")

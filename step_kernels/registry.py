@@ -122,7 +122,7 @@ def force(backend: str):
 
 def ops() -> tuple[str, ...]:
     """Names of all ops."""
-    return tuple(_ops)
+    return tuple(sorted(_ops))
 
 
 def table(op: str, *args, capability: int | None = None) -> str:

@@ -47,7 +47,7 @@ def nvfp4_weight(*shape: int, device: str = "cpu", seed: int = 0, parts: int | N
 
 
 def sample_arguments(op: str, dtype: torch.dtype) -> tuple:
-    """Arguments of an op at Step-3.7-Flash's shapes, eight tokens, on the meta device: what support tables ask about."""
+    """Arguments of an op at Step-3.7-Flash's shapes, eight tokens, meta tensors for support tables."""
 
     def of(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(p.relative_to(ROOT) for folder in ("step_kernels", "quantize") for p in (ROOT / folder).rglob("*.py"))
-OPTIONAL = ("triton", "cuda", "PIL", "tokenizers", "tqdm", "transformers")
-LAYERS = ("nvfp4", "registry", "ops", "model")  # each may import those before it
+OPTIONAL = ("triton", "cuda", "flashinfer", "PIL", "tokenizers", "tqdm", "transformers")
+LAYERS = ("nvfp4", "registry", "ops", "model", "integrations")  # each may import those before it
 
 
 def imports(file: Path) -> list[tuple[str, bool]]:
@@ -41,8 +41,11 @@ def violations(file: Path) -> list[str]:
     here = ".".join(file.with_suffix("").parts)
     bad = []
     for name, lazy in imports(file):
-        if under(name, "vllm", "sglang", "transformers"):
-            bad.append(f"{name}: no engine in the package")
+        engine = name.split(".")[0]
+        if engine in ("vllm", "sglang", "transformers") and here != f"step_kernels.integrations.{engine}":
+            bad.append(f"{name}: an engine belongs to integrations/{engine}.py")
+        if under(name, "flashinfer") and not (lazy and under(here, "step_kernels.flashinfer")):
+            bad.append(f"{name}: flashinfer belongs to flashinfer/, inside functions")
         if under(name, "cuda") and here != "step_kernels.cuda.driver":
             bad.append(f"{name}: cuda-python belongs to cuda/driver.py")
         if under(name, "triton") and not under(here, "step_kernels.triton"):
@@ -51,13 +54,11 @@ def violations(file: Path) -> list[str]:
             continue
         if under(name, "quantize"):
             bad.append(f"{name}: quantize builds on step_kernels, not the reverse")
-        if under(here, "step_kernels.triton", "step_kernels.cuda") and under(
-            name, "step_kernels.ops", "step_kernels.model"
-        ):
+        kernels = tuple(f"step_kernels.{room}" for room in ("triton", "cuda", "flashinfer"))
+        if under(here, *kernels) and under(name, "step_kernels.ops", "step_kernels.model"):
             bad.append(f"{name}: kernels know neither ops nor model")
-        if under(name, "step_kernels.triton", "step_kernels.cuda"):
-            inside = under(here, "step_kernels.triton", "step_kernels.cuda")
-            if not inside and not (lazy and under(here, "step_kernels.ops")):
+        if under(name, *kernels):
+            if not under(here, *kernels) and not (lazy and under(here, "step_kernels.ops")):
                 bad.append(f"{name}: kernels are imported by ops, inside functions")
         for i, layer in enumerate(LAYERS):
             if under(here, f"step_kernels.{layer}") and under(
@@ -84,6 +85,10 @@ def test_imports_go_one_way(file):
         ("step_kernels/triton/x.py", "import triton.language as tl\nfrom .. import ops", 1),
         ("step_kernels/cuda/x.py", "from cuda.bindings import driver", 1),
         ("step_kernels/cuda/driver.py", "from cuda.bindings import driver", 0),
+        ("step_kernels/integrations/vllm.py", "import vllm\nimport transformers", 1),
+        ("step_kernels/ops/x.py", "from . import y\nfrom ..integrations import vllm", 1),
+        ("step_kernels/flashinfer/x.py", "import flashinfer", 1),
+        ("step_kernels/flashinfer/x.py", "def f():\n    import flashinfer", 0),
         ("step_kernels/model/x.py", "import transformers\nimport quantize.plan", 2),
         ("quantize/x.py", "from step_kernels.model import checkpoint", 0),
     ],

@@ -1,14 +1,26 @@
-"""nvfp4_linear: hand-worked and looped products, split scales, views, compile, opcheck, errors."""
+"""nvfp4_linear: hand-worked and looped products, split scales, views, compile, opcheck, errors; the Triton kernel."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import step_kernels as sk
-from step_kernels.testing import nvfp4_weight, relative_error
+from step_kernels import registry
+from step_kernels.model.weights import RandomWeights
+from step_kernels.testing import assert_close_to_reference, nvfp4_weight, relative_error
+
+pytest.importorskip("triton")
+from step_kernels.ops.nvfp4_linear import _nvfp4_linear
+from step_kernels.triton import nvfp4_linear as kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernel runs in the interpreter on the CPU
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 OP = torch.ops.step_kernels.nvfp4_linear.default
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
@@ -117,3 +129,131 @@ def test_bad_arguments_are_named(case):
     message, kind, x, changed = case
     with pytest.raises(kind, match=message):
         sk.nvfp4_linear(x, dataclasses.replace(GOOD, **changed))
+
+
+def fields(weight: sk.NVFP4Weight) -> tuple[torch.Tensor, ...]:
+    return weight.codes, weight.scales, weight.global_scale
+
+
+def test_triton_refuses_float64():
+    weight = nvfp4_weight(32, 64)
+    refused = "triton       takes bfloat16, float16 and float32, got float64"
+    assert refused in registry.table("nvfp4_linear", X.double(), weight, capability=90)
+    assert "triton       serves" in registry.table("nvfp4_linear", X, weight, capability=90)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 32, 64, None), (3, 200, 176, 2), (17, 5, 16, 5), (70, 48, 1040, 3)])
+def test_triton_kernel_errs_no_more_than_torch_does(shape, dtype):
+    m, n, k, parts = shape
+    weight = nvfp4_weight(n, k, parts=parts, device=DEVICE)
+    if parts:  # make the parts' scales differ by much
+        scale = weight.global_scale * torch.arange(1.0, parts + 1, device=DEVICE)
+        weight = dataclasses.replace(weight, global_scale=scale)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(DEVICE, dtype)
+    assert_close_to_reference(kernel.launch, _nvfp4_linear.reference, x, *fields(weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [16, 64, 128])  # a tile each
+@pytest.mark.parametrize("k", [16, 128])  # with and without masks
+def test_every_code_under_every_scale_expands_exactly(k, rows, dtype):
+    codes = torch.tensor([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE], dtype=torch.uint8).repeat(256, k // 16)
+    scales = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, k // 16).view(torch.float8_e4m3fn)
+    weight = sk.NVFP4Weight(codes.to(DEVICE), scales.to(DEVICE), torch.ones((), device=DEVICE))
+    columns = torch.arange(rows, device=DEVICE) % k
+    picked = torch.zeros(rows, k, device=DEVICE, dtype=dtype)
+    picked[torch.arange(rows, device=DEVICE), columns] = 1
+    out = kernel.launch(picked, *fields(weight))
+    is_nan = scales[:, 0].float().isnan().to(DEVICE)
+    assert out[:, is_nan].isnan().all()
+    assert torch.equal(out[:, ~is_nan].double(), weight.dequantize(torch.float64).T[columns][:, ~is_nan])
+
+
+def test_splitting_k_adds_the_parts_in_order_and_rounds_once():
+    weight = nvfp4_weight(64, 4096, device=DEVICE)
+    assert kernel._splits(1, 64, 4096, kernel.TILES[0]) == 4 and kernel._splits(64, 8192, 4096, kernel.TILES[1]) == 4
+    assert kernel._splits(1024, 8192, 4096, kernel.TILES[2]) == 1 and kernel._splits(1, 64, 64, kernel.TILES[0]) == 1
+    x = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    assert_close_to_reference(kernel.launch, _nvfp4_linear.reference, x, *fields(weight))
+    out, exact = kernel.launch(x, *fields(weight)).double(), _nvfp4_linear.reference(x.double(), *fields(weight))
+    assert ((out - exact).abs() <= exact.abs() * torch.finfo(torch.bfloat16).eps * 0.501 + 1e-4).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_kernel_reads_strided_rows_and_pieces_of_a_weight(dtype):
+    weight = nvfp4_weight(32, 128, device=DEVICE)
+    x = torch.randn(6, 4, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    for view in (x[::2, 1], x.transpose(0, 1), x[:1, :1].expand(3, 4, 128), x[0].T.contiguous().T, x[0, 0]):
+        out = kernel.launch(view, *fields(weight))
+        assert out.is_contiguous() and torch.equal(out, kernel.launch(view.contiguous(), *fields(weight)))
+    half = sk.NVFP4Weight(weight.codes[::2, 32:], weight.scales[::2, 4:], weight.global_scale)
+    whole = sk.NVFP4Weight(half.codes.contiguous(), half.scales.contiguous(), half.global_scale)
+    assert torch.equal(
+        kernel.launch(x[0, :, 64:], *fields(half)), kernel.launch(x[0, :, 64:].contiguous(), *fields(whole))
+    )
+
+
+def test_triton_kernel_of_no_rows_is_empty_and_of_no_columns_zero():
+    weight = nvfp4_weight(32, 64, device=DEVICE)
+    for shape in ((0, 64), (2, 0, 64)):
+        assert kernel.launch(torch.zeros(shape, device=DEVICE), *fields(weight)).shape == (*shape[:-1], 32)
+    empty = (weight.codes[:, :0], weight.scales[:, :0], weight.global_scale)
+    assert kernel.launch(torch.zeros(3, 0, device=DEVICE), *empty).tolist() == [[0.0] * 32] * 3
+
+
+def test_triton_kernel_keeps_nan_in_its_row_and_its_writes_in_its_output():
+    weight = nvfp4_weight(40, 64, device=DEVICE)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    clean = kernel.launch(x, *fields(weight))
+    x[1] = torch.nan
+    out = torch.full((5, 40), -7.0, device=DEVICE)
+    tile, scales = kernel.TILE_F32, weight.scales.view(torch.uint8)
+    kernel._linear_kernel[(1, 2, 1)](
+        x, weight.codes, scales, weight.global_scale.reshape(1), out[1:], 3, 40, 64, 64, 32, 4, 40, 1,
+        **tile.constants(64), num_warps=tile.warps,
+    )  # fmt: skip
+    assert out[2].isnan().all() and torch.equal(out[[1, 3]], clean[[0, 2]]) and (out[[0, 4]] == -7).all()
+
+
+def test_f32_products_use_no_tf32_on_hopper_and_blackwell():
+    code = """
+from step_kernels.triton import build
+for name, served, *variant in build.variants():
+    if name.startswith(("nvfp4_linear fp32", "nvfp4_moe fp32")):
+        for architecture in (90, 100):
+            assert "tf32" not in build.compile_variant(*variant, architecture, "ptx"), (name, architecture)
+            print(name)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert sum("TILE_K" in line for line in run.stdout.splitlines()) == 3 * 2  # one linear, two of the experts
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 3, 64, 300])
+def test_op_on_the_gpu_errs_no_more_than_torch_and_repeats_its_bits(m, dtype):
+    weight = RandomWeights(torch.device("cuda"), dtype).experts("", 1, 4096, 8192).down[0]
+    x = torch.randn(m, 4096, device="cuda", generator=torch.Generator("cuda").manual_seed(m)).to(dtype)
+    with sk.force("triton"):
+        assert_close_to_reference(_nvfp4_linear, _nvfp4_linear.reference, x, *fields(weight))
+        first = sk.nvfp4_linear(x, weight)
+        assert all(torch.equal(sk.nvfp4_linear(x, weight), first) for _ in range(5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n, k", [(1024, 4096), (4096, 11264), (4096, 320), (128896, 4096)])
+def test_a_cuda_graph_replays_the_kernel_on_new_input(n, k):
+    weight = RandomWeights(torch.device("cuda"), torch.bfloat16).experts("", 1, k, n).down[0]
+    x = torch.randn(5, k, device="cuda").bfloat16()
+    with sk.force("triton"):
+        sk.nvfp4_linear(x, weight)  # compiles it
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = sk.nvfp4_linear(x, weight)
+        x.copy_(x.flip(0))
+        graph.replay()
+        assert torch.equal(out, sk.nvfp4_linear(x, weight))
+    assert relative_error(out, _nvfp4_linear.reference(x, *fields(weight))) < 2**-8

@@ -137,9 +137,9 @@ def test_the_environment_variable_forces_a_backend(backend, verdict):
     code = "import step_kernels as sk; sk.explain('nvfp4_linear', capability=90); sk.explain('swiglu', capability=90)"
     command = [sys.executable, "-c", code]
     out = subprocess.run(command, env=os.environ | {"STEP_KERNELS_BACKEND": backend}, capture_output=True, text=True)
-    assert out.returncode == 0 and out.stdout.count("forced to nothing") == (3 if backend else 0), out.stderr
+    assert out.returncode == 0 and out.stdout.count("forced to nothing") == (4 if backend else 0), out.stderr
     if not backend:
-        assert "nvfp4_linear on sm_90\n  reference    serves\n" in out.stdout
+        assert "nvfp4_linear on sm_90\n  triton       serves\n" in out.stdout
 
 
 def test_tensors_on_two_devices_are_named_with_their_devices():

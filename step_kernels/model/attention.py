@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.kv_append import rms_norm, rope
+from ..ops.kv_append import rope
+from ..ops.rms_norm import normalized
 from .config import LayerConfig
 from .layers import inverse_frequencies, linear
 
@@ -45,7 +46,7 @@ class WholeSequences:
         """q [batch * length, heads, d], k and v alike, gate [batch * length, heads] -> q's shape."""
         angle = self.positions.float()[:, None, None] * attention.inv_freq
         q, k = (
-            rope(rms_norm(x.unflatten(0, (self.batch, self.length)), norm, attention.eps), angle).to(x.dtype)
+            rope(normalized(x.unflatten(0, (self.batch, self.length)), norm, attention.eps), angle).to(x.dtype)
             for x, norm in ((q, attention.q_norm), (k, attention.k_norm))
         )
         q, k, v = (x.transpose(1, 2) for x in (q, k, v.unflatten(0, (self.batch, self.length))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import add_rms_norm
 from .attention import Attention
 from .config import StepConfig
 from .layers import MLP, RMSNorm, linear
@@ -26,8 +27,9 @@ class DecoderLayer:
             self.ffn = MLP(weights, f"{name}.mlp", hidden, config.intermediate_size, layer.shared_limit)
 
     def __call__(self, x: Tensor, context) -> Tensor:
-        x = x + self.attention(self.input_norm(x), context)
-        return x + self.ffn(self.post_norm(x))
+        attended = self.attention(self.input_norm(x), context)
+        normed, x = add_rms_norm(attended, x, self.post_norm.weight, self.post_norm.eps)
+        return x + self.ffn(normed)
 
 
 class MTPLayer:

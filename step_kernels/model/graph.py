@@ -9,7 +9,7 @@ from ..nvfp4 import NVFP4Experts
 from ..registry import reference_only
 from .cache import CachedTokens
 
-OPS = ("moe_topk", "swiglu", "nvfp4_linear", "nvfp4_moe", "kv_append", "paged_attention")
+OPS = ("moe_topk", "swiglu", "rms_norm", "add_rms_norm", "nvfp4_linear", "nvfp4_moe", "kv_append", "paged_attention")
 
 
 class DecodeGraphs:

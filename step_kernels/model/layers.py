@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nvfp4 import NVFP4Weight
-from ..ops import nvfp4_linear, swiglu
-from ..ops.kv_append import rms_norm
+from ..ops import nvfp4_linear, rms_norm, swiglu
 from .config import LayerConfig
 
 
@@ -21,7 +20,7 @@ class RMSNorm:
         self.weight, self.eps = weights.tensor(f"{name}.weight", (size,)), eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def linear(x: Tensor, weight: Tensor | NVFP4Weight) -> Tensor:

@@ -6,9 +6,11 @@ from .nvfp4_linear import nvfp4_linear
 from .nvfp4_moe import nvfp4_moe
 from .nvfp4_quantize import nvfp4_dequantize, nvfp4_quantize
 from .paged_attention import paged_attention
+from .rms_norm import add_rms_norm, rms_norm
 from .swiglu import swiglu
 
 __all__ = [
+    "add_rms_norm",
     "kv_append",
     "moe_topk",
     "nvfp4_dequantize",
@@ -16,5 +18,6 @@ __all__ = [
     "nvfp4_moe",
     "nvfp4_quantize",
     "paged_attention",
+    "rms_norm",
     "swiglu",
 ]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..nvfp4 import E4M3_MAX
-from ..registry import define, expect
+from ..registry import Kernel, define, expect
+from .rms_norm import normalized
 from .swiglu import FLOATS
 
 CACHE_DTYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32)
@@ -34,7 +35,24 @@ def _fake(q, *args):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@define(check=_check, fake=_fake, mutates=("k_cache", "v_cache"))
+def _triton(*args):
+    from ..triton.kv_append import launch
+
+    return launch(*args)
+
+
+def _triton_refuses(q, k, v, q_norm, k_norm, *args):
+    for name, tensor in (("q", q), ("q_norm", q_norm), ("k_norm", k_norm)):
+        if tensor.dtype == torch.float64:
+            return f"takes bfloat16, float16 and float32, got {name} in float64"
+
+
+@define(
+    check=_check,
+    fake=_fake,
+    kernels=(Kernel("triton", _triton, package="triton", refuse=_triton_refuses),),
+    mutates=("k_cache", "v_cache"),
+)
 def kv_append(
     q: Tensor,
     k: Tensor,
@@ -58,8 +76,8 @@ def kv_append(
     x / scale, saturated at 448 (scale f32 [] or [kv_heads]); other caches hold x.
     """
     angle = positions.float()[:, None, None] * inv_freq
-    q = rope(rms_norm(q, q_norm, eps), angle).to(q.dtype)
-    k = rope(rms_norm(k, k_norm, eps), angle)
+    q = rope(normalized(q, q_norm, eps), angle).to(q.dtype)
+    k = rope(normalized(k, k_norm, eps), angle)
     page_size = k_cache.shape[2]
     kept = (slots >= 0).nonzero()[:, 0]
     page, offset = slots[kept] // page_size, slots[kept] % page_size
@@ -70,12 +88,6 @@ def kv_append(
             cache = cache.view(torch.uint8)  # float8 has no indexed assignment
         cache[page.long(), :, offset.long()] = x.to(cache.dtype)
     return q
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * (1 + weight) over the last dimension, returned in f32 (f64 for a float64 x)."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (1 + weight.to(x.dtype))
 
 
 def rope(x: Tensor, angle: Tensor) -> Tensor:

@@ -33,7 +33,27 @@ def _cuda_refuses(logits, bias, top_k, scale):
         return f"takes at most {MAX_EXPERTS} experts and top {MAX_TOP_K}, got {logits.shape[1]} and {top_k}"
 
 
-@define(check=_check, fake=_fake, kernels=(Kernel("cuda", _cuda, package="cuda.bindings", refuse=_cuda_refuses),))
+def _triton(*args):
+    from ..triton.moe_topk import launch
+
+    return launch(*args)
+
+
+def _triton_refuses(logits, bias, top_k, scale):
+    from ..triton.moe_topk import MAX_EXPERTS
+
+    if logits.shape[1] > MAX_EXPERTS:
+        return f"takes at most {MAX_EXPERTS} experts, got {logits.shape[1]}"
+
+
+@define(
+    check=_check,
+    fake=_fake,
+    kernels=(
+        Kernel("cuda", _cuda, package="cuda.bindings", refuse=_cuda_refuses),
+        Kernel("triton", _triton, package="triton", refuse=_triton_refuses),
+    ),
+)
 def moe_topk(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor]:
     """f32 [tokens, experts], f32 [experts] -> weights f32 [tokens, top_k], ids i32 [tokens, top_k].
 

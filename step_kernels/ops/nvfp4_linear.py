@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..nvfp4 import BLOCK, NVFP4Weight
-from ..registry import define, expect
+from ..registry import Kernel, define, expect
 from .swiglu import FLOATS
 
 
@@ -27,7 +27,18 @@ def _fake(x, codes, scales, global_scale):
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-@define(check=_check, fake=_fake)
+def _triton(*args):
+    from ..triton.nvfp4_linear import launch
+
+    return launch(*args)
+
+
+def _triton_refuses(x, *args):
+    if x.dtype == torch.float64:
+        return "takes bfloat16, float16 and float32, got float64"
+
+
+@define(check=_check, fake=_fake, kernels=(Kernel("triton", _triton, package="triton", refuse=_triton_refuses),))
 def _nvfp4_linear(x: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
     compute = torch.promote_types(x.dtype, torch.float32)
     weight = NVFP4Weight(codes, scales, global_scale).dequantize(compute)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..nvfp4 import BLOCK, NVFP4Experts, NVFP4Weight
-from ..registry import define, expect
+from ..registry import Kernel, define, expect
 from .swiglu import FLOATS, swiglu
 
 
@@ -37,7 +37,18 @@ def _fake(x, *args):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@define(check=_check, fake=_fake)
+def _triton(*args):
+    from ..triton.nvfp4_moe import launch
+
+    return launch(*args)
+
+
+def _triton_refuses(x, *args):
+    if x.dtype == torch.float64:
+        return "takes bfloat16, float16 and float32, got float64"
+
+
+@define(check=_check, fake=_fake, kernels=(Kernel("triton", _triton, package="triton", refuse=_triton_refuses),))
 def _nvfp4_moe(
     x: Tensor,
     weights: Tensor,
@@ -82,8 +93,9 @@ def moe_loop(x: Tensor, weights: Tensor, ids: Tensor, limit: float | None, *, co
 def nvfp4_moe(x: Tensor, weights: Tensor, ids: Tensor, experts: NVFP4Experts, limit: float | None = None) -> Tensor:
     """[tokens, hidden] float, f32 and i32 [tokens, top_k] -> [tokens, hidden]: the routed sum, no share expert.
 
-    Ids outside the local experts are skipped. f32 between the two products (f64 for a float64 x), one
-    rounding at the end; `limit` is swiglu's.
+    Ids outside the local experts are skipped. The reference keeps f32 between the two products (f64 for a
+    float64 x) and rounds once, at the end; the kernels also round what swiglu returns to x's dtype, for that is
+    what tensor cores multiply. `limit` is swiglu's.
     """
     gate_up, down = experts.gate_up, experts.down
     return _nvfp4_moe(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import nvfp4
-from ..registry import define, expect
+from ..registry import Kernel, define, expect
 from .swiglu import FLOATS
 
 
@@ -25,7 +25,22 @@ def _fake_quantize(x, global_scale):
     )
 
 
-@define(check=_check_quantize, fake=_fake_quantize)
+def _triton_quantize(x, global_scale):
+    from ..triton.nvfp4_quantize import quantize
+
+    return quantize(x, global_scale)
+
+
+def _triton_quantize_refuses(x, global_scale):
+    if x.dtype == torch.float64:
+        return "takes bfloat16, float16 and float32, got float64"
+
+
+@define(
+    check=_check_quantize,
+    fake=_fake_quantize,
+    kernels=(Kernel("triton", _triton_quantize, package="triton", refuse=_triton_quantize_refuses),),
+)
 def nvfp4_quantize(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
     """[..., k] float, f32 [] -> codes u8 [..., k/2] (even k in the low nibble), scales e4m3 [..., k/16].
 
@@ -48,7 +63,22 @@ def _fake_dequantize(codes, scales, global_scale, dtype=torch.bfloat16):
     return codes.new_empty(*codes.shape[:-1], codes.shape[-1] * 2, dtype=dtype)
 
 
-@define(check=_check_dequantize, fake=_fake_dequantize)
+def _triton_dequantize(codes, scales, global_scale, dtype=torch.bfloat16):
+    from ..triton.nvfp4_quantize import dequantize
+
+    return dequantize(codes, scales, global_scale, dtype)
+
+
+def _triton_dequantize_refuses(codes, scales, global_scale, dtype=torch.bfloat16):
+    if dtype == torch.float64:
+        return "gives bfloat16, float16 and float32, got float64"
+
+
+@define(
+    check=_check_dequantize,
+    fake=_fake_dequantize,
+    kernels=(Kernel("triton", _triton_dequantize, package="triton", refuse=_triton_dequantize_refuses),),
+)
 def nvfp4_dequantize(
     codes: Tensor, scales: Tensor, global_scale: Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:

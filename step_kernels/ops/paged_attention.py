@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import define, expect
+from ..registry import Kernel, define, expect
 from .kv_append import CACHE_DTYPES
 from .swiglu import FLOATS
 
@@ -46,7 +46,27 @@ def _fake(q, *args):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@define(check=_check, fake=_fake)
+def _triton(*args):
+    from ..triton.paged_attention import launch
+
+    return launch(*args)
+
+
+def _triton_refuses(q, k_cache, v_cache, k_scale, v_scale, table, seq_lens, start, window=None, gate=None, *_):
+    for name, tensor in (("q", q), ("gate", gate)):
+        if tensor is not None and tensor.dtype == torch.float64:
+            return f"takes {name} in bfloat16, float16 or float32, got float64"
+    if not 1 <= q.shape[2] <= 256:
+        return f"takes 1 to 256 values a head, got {q.shape[2]}"
+    group = q.shape[1] // k_cache.shape[1]
+    if group > 32:
+        return f"takes up to 32 query heads a kv head, got {group}"
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.stride(3) != 1:
+            return f"takes caches whose last dimension has stride 1, got {cache.stride(3)} in {name}"
+
+
+@define(check=_check, fake=_fake, kernels=(Kernel("triton", _triton, package="triton", refuse=_triton_refuses),))
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,

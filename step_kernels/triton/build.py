@@ -2,8 +2,8 @@
 
     python -m step_kernels.triton.build 90 100
 
-What is compiled is what the `ahead_of_time()` of this folder's files yields. Nothing is kept: on a user's
-machine Triton compiles for itself.
+What is compiled is what the `ahead_of_time()` of this folder's files yields, for the file's own `ARCHITECTURES`
+where it has some. Nothing is kept: on a user's machine Triton compiles for itself.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ ARCHITECTURES = (80, 89, 90, 100, 103, 120)
 
 
 def variants():
-    """(name, kernel, argument types, constants, warps) of every variant."""
+    """(name, architectures, kernel, argument types, constants, warps) of every variant."""
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if path.name in ("__init__.py", "build.py"):
             continue
         module = importlib.import_module(f"step_kernels.triton.{path.stem}")
+        served = getattr(module, "ARCHITECTURES", ARCHITECTURES)
         for kernel, types, constants, warps in getattr(module, "ahead_of_time", tuple)():
             first = next(iter(types.values())).removeprefix("*")
-            yield f"{path.stem} {first} {constants}", kernel, types, constants, warps
+            yield f"{path.stem} {first} {constants}", served, kernel, types, constants, warps
 
 
-def compile_variant(kernel, types: dict, constants: dict, warps: int, architecture: int) -> bytes:
-    """The cubin, with pointers and integers taken as multiples of 16, as Triton finds Step's shapes to be."""
+def compile_variant(kernel, types: dict, constants: dict, warps: int, architecture: int, form: str = "cubin"):
+    """The cubin, or "ptx", with pointers and integers taken as multiples of 16, as Triton finds Step's shapes to be."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -42,7 +43,7 @@ def compile_variant(kernel, types: dict, constants: dict, warps: int, architectu
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
+    return triton.compile(source, target=target, options={"num_warps": warps}).asm[form]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder  # compile, whatever was compiled before
-        for name, *variant in variants():
-            for architecture in architectures:
+        for name, served, *variant in variants():
+            for architecture in (a for a in architectures if a in served or a not in ARCHITECTURES):
                 start = time.monotonic()
                 try:
                     result = f"{len(compile_variant(*variant, architecture))} bytes, {time.monotonic() - start:.1f} s"

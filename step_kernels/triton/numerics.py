@@ -1,4 +1,5 @@
-"""Rounding to and from the narrow formats with integer operations: the same bits in the interpreter and on GPUs.
+"""Rounding to and from the narrow formats with integer operations: the same bits in the interpreter and on GPUs;
+and the sigmoid that routing shares with torch to the bit.
 
 Triton's interpreter (3.6) truncates f32 to bf16 and neither rounds nor saturates f32 to e4m3, so kernels use
 these instead of `.to`.
@@ -9,8 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.language.extra import libdevice
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in f32, with the bits that torch gives on a GPU: CUDA's expf and an IEEE division."""
+    if INTERPRETED:  # which has no libdevice
+        return tl.div_rn(1.0, 1.0 + tl.exp(-x))
+    else:
+        return tl.div_rn(1.0, 1.0 + libdevice.exp(-x))
 
 
 @triton.jit
@@ -23,6 +34,15 @@ def to_bf16(x):
         return rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(tl.bfloat16)  # one instruction for two values, where the lines above take ten
+
+
+@triton.jit
+def rounded_to(x, dtype: tl.constexpr):
+    """f32 -> bf16, f16 or f32, ties to even."""
+    if dtype == tl.bfloat16:
+        return to_bf16(x)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
@@ -44,10 +64,11 @@ def from_e4m3_bits(code):
     """i32 e4m3 code 0-255 -> f32; 0x7F and 0xFF are NaN."""
     exponent = (code >> 3) & 15
     mantissa = code & 7
-    normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
-    value = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.001953125, normal)
-    value = tl.where((code & 0x7F) == 0x7F, float("nan"), value)
-    return tl.where((code & 0x80) != 0, -value, value)
+    normal = ((exponent + 120) << 23) | (mantissa << 20)
+    subnormal = (mantissa.to(tl.float32) * 0.001953125).to(tl.int32, bitcast=True)
+    bits = tl.where(exponent == 0, subnormal, normal)
+    bits = tl.where((code & 0x7F) == 0x7F, 0x7FC00000, bits)
+    return (bits | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)  # -x is 0 - x in Triton: no -0
 
 
 @triton.jit
@@ -66,6 +87,6 @@ def from_e2m1(code):
     """i32 code 0-15 -> f32."""
     exponent = (code >> 1) & 3
     mantissa = code & 1
-    normal = (((exponent + 126) << 23) | (mantissa << 22)).to(tl.float32, bitcast=True)
-    value = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.5, normal)
-    return tl.where((code & 8) != 0, -value, value)
+    normal = ((exponent + 126) << 23) | (mantissa << 22)
+    bits = tl.where(exponent == 0, mantissa * 0x3F000000, normal)  # 0 or 0.5
+    return (bits | ((code & 8) << 28)).to(tl.float32, bitcast=True)
