@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -34,13 +35,13 @@ class Kernel:
 
     def refusal(self, capability: int | None) -> str | None:
         """Why this machine cannot run the kernel at all, or None. `capability` is None without a GPU."""
+        low, high = self.capability
+        if capability is not None and not low <= capability <= high:
+            return f"serves sm_{low} to sm_{high}, this GPU is sm_{capability}"
         if self.package and not _installed(self.package):
             return f"{self.package} is not installed"
         if self.package and capability is None:
             return "needs a GPU, the tensors are on the CPU"
-        low, high = self.capability
-        if capability is not None and not low <= capability <= high:
-            return f"serves sm_{low} to sm_{high}, this GPU is sm_{capability}"
         return None
 
 
@@ -110,6 +111,12 @@ def define(*, check: Callable, fake: Callable, kernels: tuple[Kernel, ...] = (),
     return decorate
 
 
+def lazy(path: str) -> Callable:
+    """The function at `path` below this package ("triton.swiglu.launch"), imported at its first call."""
+    module, name = path.rsplit(".", 1)
+    return lambda *args: getattr(importlib.import_module(f"{__package__}.{module}"), name)(*args)
+
+
 @contextlib.contextmanager
 def force(backend: str):
     """Let only the table rows called `backend` serve calls on CUDA (`reference`, `triton`, `cuda`, ...)."""
@@ -139,11 +146,11 @@ def table(op: str, *args, capability: int | None = None) -> str:
         tensors = [a for a in flat if isinstance(a, Tensor)]
         on_gpu = tensors[0].is_cuda if tensors else torch.cuda.is_available()
         capability = compute_capability(tensors[0].device.index if tensors else None) if on_gpu else None
-    lines, served = [], False
+    lines, served, width = [], False, max(12, *(len(kernel.name) for kernel in _ops[op].kernels))
     for kernel, reason in _ops[op].rows(capability, flat):
         verdict = reason or ("would serve, but an earlier row does" if served else "serves")
         served = served or reason is None
-        lines.append(f"  {kernel.name:<12} {verdict}")
+        lines.append(f"  {kernel.name:<{width}} {verdict}")
     where = "CPU" if capability is None else f"sm_{capability}"
     return "\n".join([f"{op} on {where}", *lines])
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..nvfp4 import E4M3_MAX
-from ..registry import Kernel, define, expect
+from ..registry import Kernel, define, expect, lazy
 from .rms_norm import normalized
 from .swiglu import FLOATS
 
@@ -35,12 +35,6 @@ def _fake(q, *args):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def _triton(*args):
-    from ..triton.kv_append import launch
-
-    return launch(*args)
-
-
 def _triton_refuses(q, k, v, q_norm, k_norm, *args):
     for name, tensor in (("q", q), ("q_norm", q_norm), ("k_norm", k_norm)):
         if tensor.dtype == torch.float64:
@@ -50,7 +44,7 @@ def _triton_refuses(q, k, v, q_norm, k_norm, *args):
 @define(
     check=_check,
     fake=_fake,
-    kernels=(Kernel("triton", _triton, package="triton", refuse=_triton_refuses),),
+    kernels=(Kernel("triton", lazy("triton.kv_append.launch"), package="triton", refuse=_triton_refuses),),
     mutates=("k_cache", "v_cache"),
 )
 def kv_append(

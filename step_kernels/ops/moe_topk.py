@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import Kernel, define, expect
+from ..registry import Kernel, define, expect, lazy
 
 
 def _check(logits, bias, top_k, scale):
@@ -20,23 +20,11 @@ def _fake(logits, bias, top_k, scale):
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int32)
 
 
-def _cuda(*args):
-    from ..cuda.moe_topk import launch
-
-    return launch(*args)
-
-
 def _cuda_refuses(logits, bias, top_k, scale):
     from ..cuda.moe_topk import MAX_EXPERTS, MAX_TOP_K
 
     if logits.shape[1] > MAX_EXPERTS or top_k > MAX_TOP_K:
         return f"takes at most {MAX_EXPERTS} experts and top {MAX_TOP_K}, got {logits.shape[1]} and {top_k}"
-
-
-def _triton(*args):
-    from ..triton.moe_topk import launch
-
-    return launch(*args)
 
 
 def _triton_refuses(logits, bias, top_k, scale):
@@ -50,8 +38,8 @@ def _triton_refuses(logits, bias, top_k, scale):
     check=_check,
     fake=_fake,
     kernels=(
-        Kernel("cuda", _cuda, package="cuda.bindings", refuse=_cuda_refuses),
-        Kernel("triton", _triton, package="triton", refuse=_triton_refuses),
+        Kernel("cuda", lazy("cuda.moe_topk.launch"), package="cuda.bindings", refuse=_cuda_refuses),
+        Kernel("triton", lazy("triton.moe_topk.launch"), package="triton", refuse=_triton_refuses),
     ),
 )
 def moe_topk(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor]:

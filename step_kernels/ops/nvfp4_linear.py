@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..nvfp4 import BLOCK, NVFP4Weight
-from ..registry import Kernel, define, expect
+from ..registry import Kernel, define, expect, lazy
 from .swiglu import FLOATS
 
 
@@ -27,18 +27,26 @@ def _fake(x, codes, scales, global_scale):
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-def _triton(*args):
-    from ..triton.nvfp4_linear import launch
-
-    return launch(*args)
-
-
 def _triton_refuses(x, *args):
     if x.dtype == torch.float64:
         return "takes bfloat16, float16 and float32, got float64"
 
 
-@define(check=_check, fake=_fake, kernels=(Kernel("triton", _triton, package="triton", refuse=_triton_refuses),))
+# sm_110 lies between FlashInfer's ranges and is in neither.
+_DATACENTER, _RTX = (100, 103), (120, 121)
+_W4A4 = lazy("flashinfer.nvfp4_linear.launch_w4a4"), "flashinfer", lazy("flashinfer.nvfp4_linear.refuse_w4a4")
+_W4A16 = lazy("flashinfer.nvfp4_linear.launch"), "flashinfer", lazy("flashinfer.nvfp4_linear.refuse")
+_KERNELS = (
+    Kernel("flashinfer-w4a4", _W4A4[0], _DATACENTER, *_W4A4[1:]),
+    Kernel("flashinfer-w4a4", _W4A4[0], _RTX, *_W4A4[1:]),
+    Kernel("triton-w4a4", lazy("triton.nvfp4_w4a4.launch"), (100, 121), "triton", lazy("triton.nvfp4_w4a4.refuse")),
+    Kernel("flashinfer", _W4A16[0], _DATACENTER, *_W4A16[1:]),
+    Kernel("flashinfer", _W4A16[0], _RTX, *_W4A16[1:]),
+    Kernel("triton", lazy("triton.nvfp4_linear.launch"), package="triton", refuse=_triton_refuses),
+)
+
+
+@define(check=_check, fake=_fake, kernels=_KERNELS)
 def _nvfp4_linear(x: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
     compute = torch.promote_types(x.dtype, torch.float32)
     weight = NVFP4Weight(codes, scales, global_scale).dequantize(compute)

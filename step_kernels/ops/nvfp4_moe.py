@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..nvfp4 import BLOCK, NVFP4Experts, NVFP4Weight
-from ..registry import Kernel, define, expect
+from ..registry import Kernel, define, expect, lazy
 from .swiglu import FLOATS, swiglu
 
 
@@ -37,18 +37,20 @@ def _fake(x, *args):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _triton(*args):
-    from ..triton.nvfp4_moe import launch
-
-    return launch(*args)
-
-
 def _triton_refuses(x, *args):
     if x.dtype == torch.float64:
         return "takes bfloat16, float16 and float32, got float64"
 
 
-@define(check=_check, fake=_fake, kernels=(Kernel("triton", _triton, package="triton", refuse=_triton_refuses),))
+_TRTLLM, _CUTLASS = "flashinfer.nvfp4_moe_trtllm", "flashinfer.nvfp4_moe"
+_KERNELS = (
+    Kernel("flashinfer-trtllm", lazy(f"{_TRTLLM}.launch"), (100, 103), "flashinfer", lazy(f"{_TRTLLM}.refuse")),
+    Kernel("flashinfer-cutlass", lazy(f"{_CUTLASS}.launch"), (100, 121), "flashinfer", lazy(f"{_CUTLASS}.refuse")),
+    Kernel("triton", lazy("triton.nvfp4_moe.launch"), package="triton", refuse=_triton_refuses),
+)
+
+
+@define(check=_check, fake=_fake, kernels=_KERNELS)
 def _nvfp4_moe(
     x: Tensor,
     weights: Tensor,

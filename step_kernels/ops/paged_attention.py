@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import Kernel, define, expect
+from ..registry import Kernel, define, expect, lazy
 from .kv_append import CACHE_DTYPES
 from .swiglu import FLOATS
 
@@ -46,12 +46,6 @@ def _fake(q, *args):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def _triton(*args):
-    from ..triton.paged_attention import launch
-
-    return launch(*args)
-
-
 def _triton_refuses(q, k_cache, v_cache, k_scale, v_scale, table, seq_lens, start, window=None, gate=None, *_):
     for name, tensor in (("q", q), ("gate", gate)):
         if tensor is not None and tensor.dtype == torch.float64:
@@ -66,7 +60,14 @@ def _triton_refuses(q, k_cache, v_cache, k_scale, v_scale, table, seq_lens, star
             return f"takes caches whose last dimension has stride 1, got {cache.stride(3)} in {name}"
 
 
-@define(check=_check, fake=_fake, kernels=(Kernel("triton", _triton, package="triton", refuse=_triton_refuses),))
+_FLASHINFER = "flashinfer.paged_attention"
+_KERNELS = (
+    Kernel("flashinfer", lazy(f"{_FLASHINFER}.launch"), (100, 103), "flashinfer", lazy(f"{_FLASHINFER}.refuse")),
+    Kernel("triton", lazy("triton.paged_attention.launch"), package="triton", refuse=_triton_refuses),
+)
+
+
+@define(check=_check, fake=_fake, kernels=_KERNELS)
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,

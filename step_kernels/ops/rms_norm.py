@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import Kernel, define, expect
+from ..registry import Kernel, define, expect, lazy
 from .swiglu import FLOATS
 
 
@@ -27,18 +27,6 @@ def _fake_add(x, residual, weight, eps):
     return _fake(x, weight, eps), _fake(x, weight, eps)
 
 
-def _triton(x, weight, eps):
-    from ..triton.rms_norm import launch
-
-    return launch(x, weight, eps)
-
-
-def _triton_add(x, residual, weight, eps):
-    from ..triton.rms_norm import launch_add
-
-    return launch_add(x, residual, weight, eps)
-
-
 def _triton_refuses(x, weight, eps):
     from ..triton.rms_norm import MAX_N
 
@@ -53,7 +41,11 @@ def _triton_add_refuses(x, residual, weight, eps):
     return _triton_refuses(x, weight, eps)
 
 
-@define(check=_check, fake=_fake, kernels=(Kernel("triton", _triton, package="triton", refuse=_triton_refuses),))
+@define(
+    check=_check,
+    fake=_fake,
+    kernels=(Kernel("triton", lazy("triton.rms_norm.launch"), package="triton", refuse=_triton_refuses),),
+)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., n], [n] -> like x: x / rms(x) * (1 + weight), in f32 (f64 for a float64 x), rounded once.
 
@@ -65,7 +57,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @define(
     check=_check_add,
     fake=_fake_add,
-    kernels=(Kernel("triton", _triton_add, package="triton", refuse=_triton_add_refuses),),
+    kernels=(Kernel("triton", lazy("triton.rms_norm.launch_add"), package="triton", refuse=_triton_add_refuses),),
 )
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x and residual [..., n], weight [n] -> (rms_norm(total, weight, eps), total), total = x + residual in x's dtype.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..registry import Kernel, define, expect
+from ..registry import Kernel, define, expect, lazy
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -23,18 +23,16 @@ def _fake(gate_up, limit=None):
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-def _triton(*args):
-    from ..triton.swiglu import launch
-
-    return launch(*args)
-
-
 def _triton_refuses(gate_up, limit=None):
     if gate_up.dtype == torch.float64:
         return "takes bfloat16, float16 and float32, got float64"
 
 
-@define(check=_check, fake=_fake, kernels=(Kernel("triton", _triton, package="triton", refuse=_triton_refuses),))
+@define(
+    check=_check,
+    fake=_fake,
+    kernels=(Kernel("triton", lazy("triton.swiglu.launch"), package="triton", refuse=_triton_refuses),),
+)
 def swiglu(gate_up: Tensor, limit: float | None = None) -> Tensor:
     """[..., 2n] -> [..., n], gate first. The clamp comes after silu: above only on gate, both sides on up.
 

@@ -39,9 +39,8 @@ class Tile:
 
 # Chosen so that the loads in flight stay under the 99 KB of shared memory of sm_89 and sm_120.
 TILES = (Tile(16, 64, 128, 4, 4), Tile(64, 64, 128, 3, 4), Tile(128, 128, 64, 3, 8))
-TILE_F32 = Tile(
-    16, 32, 64, 2, 4
-)  # 32: for an f32 dot of 64 rows or more Triton 3.6 takes tf32 on sm_100, "ieee" or not
+# 32 rows: for an f32 dot of 64 or more Triton 3.6 takes tf32 on sm_100, "ieee" or not.
+TILE_F32 = Tile(16, 32, 64, 2, 4)
 _PROGRAMS = 512  # about four for each multiprocessor of the largest GPUs; a short x gets there by splitting k
 
 
@@ -93,10 +92,17 @@ def multiply(
     weight = expand(codes, scales, x.dtype)
     if INTERPRETED:
         weight, x = weight.to(tl.float32), x.to(tl.float32)
-    if x.dtype == tl.float32:  # one sequence of 4096 f32 sums would err several times as much as 64 of 64
-        return total + tl.dot(weight, tl.trans(x), input_precision="ieee")
+    if x.dtype == tl.float32:
+        return total + tl.dot(weight, tl.trans(x), input_precision="ieee").to(total.dtype)
     else:
         return tl.dot(weight, tl.trans(x), total)
+
+
+@triton.jit
+def zeros(x_ptr, TILE_N: tl.constexpr, TILE_M: tl.constexpr):
+    """Where `multiply` sums: f32, and f64 for an f32 x, whose 4096 products summed in a row would err 2.4 times as
+    much as torch's (the compiler joins a sum of f32 dots into one row)."""
+    return tl.zeros((TILE_N, TILE_M), tl.float64 if x_ptr.dtype.element_ty == tl.float32 else tl.float32)
 
 
 @triton.jit
@@ -116,12 +122,12 @@ def _linear_kernel(
     steps = tl.cdiv(tl.cdiv(k, TILE_K), splits)
     begin = tl.program_id(2) * steps * TILE_K
     end = tl.minimum(begin + steps * TILE_K, k)
-    total = tl.zeros((TILE_N, TILE_M), tl.float32)
+    total = zeros(x_ptr, TILE_N, TILE_M)
     for first in loop(begin, end, TILE_K, num_stages=STAGES):
         total = multiply(
             total, x_ptrs, token[:, None] < m, codes_ptrs, scales_ptrs, first, k, TILE_K, EVEN_K
         )  # fmt: skip
-    total *= tl.load(global_scale_ptr + row // part_rows)[:, None]
+    total = total.to(tl.float32) * tl.load(global_scale_ptr + row // part_rows)[:, None]
     out_ptrs = out_ptr + (tl.program_id(2) * m + token).to(tl.int64)[None, :] * n + row[:, None]
     tl.store(out_ptrs, rounded_to(total, out_ptr.dtype.element_ty), mask=inside[:, None] & (token[None, :] < m))
 

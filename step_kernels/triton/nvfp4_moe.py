@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .numerics import rounded_to
-from .nvfp4_linear import TILE_F32, TILES, loop, multiply, tile_for
+from .nvfp4_linear import TILE_F32, TILES, loop, multiply, tile_for, zeros
 
 _FEW = 64  # pairs up to which each is its own tile, for sorting would take longer than reading an expert twice
 _LARGEST = 1 << 30  # bytes of f32 results at a time
@@ -77,13 +77,13 @@ def _gate_up_kernel(
     x_ptrs = x_ptr + (pair // top_k)[:, None] * x_stride
     gate_codes, gate_scales = codes_ptr + row[:, None] * codes_stride, scales_ptr + row[:, None] * scales_stride
     up_codes, up_scales = gate_codes + n.to(tl.int64) * codes_stride, gate_scales + n.to(tl.int64) * scales_stride
-    gate = tl.zeros((TILE_N, TILE_M), tl.float32)
-    up = tl.zeros((TILE_N, TILE_M), tl.float32)
+    gate = zeros(x_ptr, TILE_N, TILE_M)
+    up = zeros(x_ptr, TILE_N, TILE_M)
     for first in loop(0, k, TILE_K, num_stages=STAGES):
         gate = multiply(gate, x_ptrs, inside[:, None], gate_codes, gate_scales, first, k, TILE_K, EVEN_K)
         up = multiply(up, x_ptrs, inside[:, None], up_codes, up_scales, first, k, TILE_K, EVEN_K)
-    gate *= tl.load(global_scale_ptr + expert * parts)
-    up *= tl.load(global_scale_ptr + expert * parts + parts - 1)
+    gate = gate.to(tl.float32) * tl.load(global_scale_ptr + expert * parts)
+    up = up.to(tl.float32) * tl.load(global_scale_ptr + expert * parts + parts - 1)
     # As torch's clamp, NaN passes; an infinite limit changes nothing.
     gate = tl.minimum(gate / (1.0 + tl.exp(-gate)), limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
@@ -109,12 +109,11 @@ def _down_kernel(
     row = expert.to(tl.int64) * n + tl.minimum(column, n - 1)
     inner_ptrs = inner_ptr + position.to(tl.int64)[:, None] * k
     codes, scales = codes_ptr + row[:, None] * codes_stride, scales_ptr + row[:, None] * scales_stride
-    total = tl.zeros((TILE_N, TILE_M), tl.float32)
+    total = zeros(inner_ptr, TILE_N, TILE_M)
     for first in loop(0, k, TILE_K, num_stages=STAGES):
         total = multiply(total, inner_ptrs, inside[:, None], codes, scales, first, k, TILE_K, EVEN_K)
     weight = tl.load(weights_ptr + pair, mask=inside, other=0.0)
-    total *= tl.load(global_scale_ptr + expert)
-    total *= weight[None, :]
+    total = total.to(tl.float32) * tl.load(global_scale_ptr + expert) * weight[None, :]
     tl.store(out_ptr + pair[None, :] * n + column[:, None], total, mask=inside[None, :] & (column < n)[:, None])
 
 
