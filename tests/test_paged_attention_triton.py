@@ -261,4 +261,4 @@ def test_a_cuda_graph_replays_on_other_lengths_and_other_shares_of_the_rows(wind
 @pytest.mark.gpu
 def test_registry_serves_cuda_tensors_by_triton():
     table = registry.table("paged_attention", *inputs(DECODE).values()).splitlines()
-    assert table[1].split() == ["triton", "serves"]
+    assert ["triton", "serves"] in map(str.split, table) and ["reference", "serves"] not in map(str.split, table)
