@@ -245,3 +245,13 @@ def test_other_models_and_excluded_layers_stay_with_vllm(vllm_config):
     assert plugin.refusal(vllm_config) is None
     step(vllm_config, model_type="qwen3_moe")
     assert "model type qwen3_moe" in plugin.refusal(vllm_config)
+
+
+def test_global_scales_stay_f32_in_a_model_that_is_built_in_bf16(vllm_config):
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it builds a model
+    try:
+        model = build(vllm_config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    scales = [p for name, p in model.named_parameters() if name.endswith(("weight_scale_2", "input_scale"))]
+    assert len(scales) >= 6 and {p.dtype for p in scales} == {torch.float32}

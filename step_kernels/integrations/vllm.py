@@ -163,12 +163,13 @@ def config_class() -> type:
             layer.logical_widths = output_partition_sizes
             layer.input_size_per_partition, layer.output_size_per_partition = k, n
             codes = torch.empty(n, k // 2, dtype=torch.uint8)
-            scales = torch.full((n, k // 16), torch.nan).to(torch.float8_e4m3fn)
+            scales = torch.full((n, k // 16), torch.nan, dtype=torch.float32).to(torch.float8_e4m3fn)
             for name, data in (("weight", codes), ("weight_scale", scales)):
                 parameter = ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
                 layer.register_parameter(name, parameter)
             for name in ("weight_scale_2", "input_scale"):
-                data = torch.full((len(output_partition_sizes),), torch.nan)
+                # f32 by name: vLLM builds models with bf16 as torch's default, which would round the scales
+                data = torch.full((len(output_partition_sizes),), torch.nan, dtype=torch.float32)
                 layer.register_parameter(name, PerTensorScaleParameter(data=data, weight_loader=loader))
 
         def process_weights_after_loading(self, layer):
@@ -188,6 +189,8 @@ def config_class() -> type:
         def get_quant_method(self, layer, prefix):
             moe = isinstance(layer, RoutedExperts)
             vision = any(name in prefix for name in ("vision_tower", "vision_model", "vit_large_projector"))
+            if isinstance(layer, ParallelLMHead) and not prefix:
+                return None  # 0.25.1 names no MTP head, so no pattern can exclude it; none is ever quantized
             quantized = moe or isinstance(layer, linear.LinearBase | ParallelLMHead)
             if not quantized or vision or self.is_layer_excluded(prefix):
                 return super().get_quant_method(layer, prefix)
