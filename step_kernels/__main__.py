@@ -10,7 +10,7 @@ import sys
 import torch
 
 from . import __version__, registry
-from .cli import Parser
+from .cli import Parser, close_quietly
 from .testing import sample_arguments
 
 
@@ -67,11 +67,16 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: --matrix: {error}; wanted triton and cuda-bindings installed", file=sys.stderr)
             return 1
         return 0
-    for what, found in versions() + gpus():
-        print(f"{what:<18} {found}")
-    for op in registry.ops():
-        print()
-        registry.explain(op)
+    try:
+        for what, found in versions() + gpus():
+            print(f"{what:<18} {found}")
+        for op in registry.ops():
+            print()
+            registry.explain(op)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        close_quietly()
+        return 1
     return 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 
 class Parser(argparse.ArgumentParser):
@@ -10,3 +12,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"error: {message}\n")
+
+
+def close_quietly() -> None:
+    """For a BrokenPipeError: whoever read stdout is gone, so there is no complaint at exit either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

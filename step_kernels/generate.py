@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .cli import Parser
+from .cli import Parser, close_quietly
 from .model import CheckpointError, Step3p7
 
 BUNDLED = Path(__file__).parent / "model" / "bundled"
@@ -72,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         run(args)
     except (CheckpointError, ImportError, OSError, RuntimeError, ValueError) as e:
         if isinstance(e, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: no complaint at exit either
+            close_quietly()
             return 1
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
