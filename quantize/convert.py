@@ -1,4 +1,4 @@
-"""The conversion: one expert slice (gate and up: a pair) in memory at a time, whatever the size of the model."""
+"""The conversion: an expert slice (gate and up: a pair) or as much of a linear in memory at a time, in any model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from step_kernels import __version__, nvfp4
 from step_kernels.model.checkpoint import INDEX, Checkpoint, CheckpointError, read_json
 
 from .errors import Errors
-from .experts import quantize_expert, read_expert
-from .modelopt import metadata_files
+from .layout import projection_name
+from .matrices import label, pieces, quantize_piece, read_piece
+from .modelopt import layer_number, metadata_files
 from .plan import Group, Plan, Settings, UsageError, make_plan, resolve_source
 from .shards import PART, Shard, copy_side_files, read_chunks, write_file
 
@@ -136,9 +137,11 @@ class _Conversion:
             self.summary.left_out.append("config.json's auto_map")
         for name, data in metadata.items():
             write_file(self.target / name, data)
-        for rows in self.errors.values():
-            for row in rows:
-                self.summary.errors.add(*row)
+        rows = {(layer, projection): sums for file in self.errors.values() for layer, projection, *sums in file}
+        for weight in (w for group in self.plan.groups for w in group.weights):  # the model's order, not the shards'
+            key = layer_number(weight), projection_name(weight)
+            if key in rows:
+                self.summary.errors.add(*key, *rows[key])
 
     def _prepare(self) -> None:
         try:
@@ -174,27 +177,42 @@ class _Conversion:
         self.summary.bytes_out += shard.size
 
     def _group(self, group: Group) -> None:
-        """Quantizes every expert of a layer's gate and up, or down; what lies in a finished shard is only measured."""
+        """Quantizes weights that share global scales; of what lies in a finished shard only amax is taken."""
         live = [i for i, (file, _) in enumerate(group.outputs) if file not in self.done]
-        experts, search = self.plan.config.num_experts, self.plan.settings.search
-        scales, sums = torch.empty(experts), {i: torch.zeros(2, dtype=torch.float64) for i in live}
-        for expert in range(experts):
-            weights, amax = zip(*(read_expert(self.checkpoint, name, expert) for name in group.weights))
-            scale = scales[expert] = nvfp4.global_scale(torch.stack(amax).amax(), search)
-            if not scale > 0:
-                raise CheckpointError(f"{group.weights[0]}: expert {expert}: weights are too small, amax {max(amax)}")
+        shapes, search = [self.checkpoint.entry(name).shape for name in group.weights], self.plan.settings.search
+        scales, sums = torch.empty(shapes[0][:-2]), {i: torch.zeros(2, dtype=torch.float64) for i in live}
+        for matrix, ranges in enumerate(zip(*map(pieces, shapes))):
+            held, scale = self._shared_scale(group.weights, ranges, label(shapes[0], matrix))
+            scales.view(-1)[matrix] = scale
             for i in live:
                 file, name = group.outputs[i]
-                codes, blocks, error = quantize_expert(weights[i], scale, search, self.device)
-                sums[i] += error
-                self.shards[file].write(name, _bytes(codes), expert * codes.nbytes)
-                self.shards[file].write(f"{name}_scale", _bytes(blocks), expert * blocks.nbytes)
-            self._count(sum(self._size(name) for name in group.weights) // experts)
+                for begin, end in ranges[i]:
+                    # A linear of several pieces is read again: its scale needs all of them, memory holds but one.
+                    weight = group.weights[i]
+                    x = held[i] if len(ranges[i]) == 1 else read_piece(self.checkpoint, weight, begin, end)[0]
+                    codes, blocks, error = quantize_piece(x, scale, search, self.device)
+                    sums[i] += error
+                    for output, data in ((name, codes), (f"{name}_scale", blocks)):
+                        self.shards[file].write(output, _bytes(data), data.nbytes // (end - begin) * begin)
         for i in live:
-            file, name = group.outputs[i]
+            (file, name), weight = group.outputs[i], group.weights[i]
             self.shards[file].write(f"{name}_scale_2", _bytes(scales))
-            projection = group.weights[i].split(".")[-2]
-            self.errors.setdefault(file, []).append([group.layer, projection, *sums[i].tolist()])
+            row = [layer_number(weight), projection_name(weight), *sums[i].tolist()]
+            self.errors.setdefault(file, []).append(row)
+
+    def _shared_scale(self, weights: tuple[str, ...], ranges: tuple, which: str) -> tuple[list[Tensor], Tensor]:
+        """The last piece of each weight, and the global scale f32 [] by the amax of all pieces of all of them."""
+        held, amax = [], []
+        for weight, parts in zip(weights, ranges):
+            for begin, end in parts:
+                x, top = read_piece(self.checkpoint, weight, begin, end)
+                amax.append(top)
+                self._count(self._size(weight) // self.checkpoint.entry(weight).shape[0] * (end - begin))
+            held.append(x)
+        scale = nvfp4.global_scale(torch.stack(amax).amax(), self.plan.settings.search)
+        if not scale > 0:
+            raise CheckpointError(f"{weights[0]}: {which}weights are too small, amax {max(amax)}")
+        return held, scale
 
     def _metadata(self) -> dict[str, bytes]:
         return metadata_files(self.checkpoint.config, self.plan.patterns, self.plan.settings.kv_cache, self.shards)

@@ -6,12 +6,12 @@ import math
 
 
 class Errors:
-    """Sums of squared error and squared size of the weights, by (layer, projection)."""
+    """Sums of squared error and squared size of the weights, by (layer, projection); lm_head is in layer None."""
 
     def __init__(self):
-        self.sums: dict[tuple[int, str], list[float]] = {}
+        self.sums: dict[tuple[int | None, str], list[float]] = {}
 
-    def add(self, layer: int, projection: str, error: float, power: float) -> None:
+    def add(self, layer: int | None, projection: str, error: float, power: float) -> None:
         """Adds sum((quantized - weight)^2) and sum(weight^2) of some of a projection's weights."""
         sums = self.sums.setdefault((layer, projection), [0.0, 0.0])
         sums[0] += error
@@ -24,14 +24,20 @@ class Errors:
         return error / power if power else 0.0
 
     def table(self) -> str:
-        """A row a layer with each projection's SQNR and relative MSE, and a last row over all layers."""
-        projections = list(dict.fromkeys(projection for _, projection in self.sums))
-        rows = {str(n): [[(n, p)] for p in projections] for n in sorted({layer for layer, _ in self.sums})}
+        """For each module: a row a layer with its projections' SQNR and relative MSE, and a last row over all."""
+        modules: dict[str, list[str]] = {}
+        for projection in dict.fromkeys(projection for _, projection in self.sums):
+            modules.setdefault(projection.split(".")[0], []).append(projection)
+        return "\n\n".join(self._table(projections) for projections in modules.values())
+
+    def _table(self, projections: list[str]) -> str:
+        layers = {layer for layer, projection in self.sums if projection in projections and layer is not None}
+        rows = {str(n): [[(n, p)] for p in projections] for n in sorted(layers)}
         rows["all"] = [[k for k in self.sums if k[1] == p] for p in projections]
-        lines = ["layer" + "".join(f"{p:>22}" for p in projections) + "   (SQNR, relative MSE)"]
+        lines = ["layer" + "".join(f"{p:>25}" for p in projections) + "   (SQNR, relative MSE)"]
         for name, cells in rows.items():
             numbers = [self.relative(keys) for keys in cells]
-            lines.append(f"{name:>5}" + "".join(f"   {decibel(r):7.2f} dB {r:.6f}" for r in numbers))
+            lines.append(f"{name:>5}" + "".join(f"{decibel(r):13.2f} dB {r:.6f}" for r in numbers))
         return "\n".join(lines)
 
 

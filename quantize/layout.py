@@ -6,8 +6,10 @@ from step_kernels.model.config import StepConfig, VisionConfig
 from step_kernels.nvfp4 import BLOCK
 
 FP8_BLOCK = 128  # rows and columns that share one weight_scale_inv
-# Projections that share one global scale: engines compute gate and up in one GEMM, with one scale for both.
+# Projections that share one global scale: engines compute gate and up (q, k and v) in one GEMM, with one scale for all.
 GROUPS = (("gate_proj", "up_proj"), ("down_proj",))
+# No g_proj: SGLang and TensorRT-LLM build that one without quantization, and it is 0.4 % of a layer's attention.
+ATTENTION_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
 
 
 def tensor_shapes(config: StepConfig) -> dict[str, tuple[int, ...]]:
@@ -57,14 +59,36 @@ def expert_shapes(config: StepConfig) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def weight_name(layer: int, projection: str) -> str:
-    """The canonical name of a stacked expert weight."""
-    return f"model.layers.{layer}.moe.{projection}.weight"
+def weight_groups(config: StepConfig, recipe: str, lm_head: bool) -> list[tuple[str, ...]]:
+    """Canonical names of the weights that a recipe quantizes, those with one global scale together.
+
+    `linears` takes the trunk's layers alone: the release keeps MTP layers in BF16, and vLLM their eh_proj always.
+    """
+    names = []
+    for i, layer in enumerate(config.layers):
+        modules = {}
+        if recipe == "linears" and i < config.num_layers:
+            modules = {"self_attn": ATTENTION_GROUPS, "share_expert" if layer.moe else "mlp": GROUPS}
+        if layer.moe:
+            modules["moe"] = GROUPS
+        for module, groups in modules.items():
+            names += [tuple(weight_name(i, projection, module) for projection in group) for group in groups]
+    return [*names, ("lm_head.weight",)] if lm_head else names
 
 
-def inverse_scale_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+def weight_name(layer: int, projection: str, module: str = "moe") -> str:
+    """The canonical name of a projection's weight; by default the experts' stacked one."""
+    return f"model.layers.{layer}.{module}.{projection}.weight"
+
+
+def projection_name(weight: str) -> str:
+    """What the error table calls a weight: its name without layer, such as self_attn.q_proj, moe.up_proj, lm_head."""
+    return ".".join(weight.split(".")[-3:-1]) if weight.startswith("model.") else weight.removesuffix(".weight")
+
+
+def inverse_scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of an FP8 source's weight_scale_inv: one a 128 x 128 block, the last ones partial."""
-    return (shape[0], -(-shape[1] // FP8_BLOCK), -(-shape[2] // FP8_BLOCK))
+    return (*shape[:-2], *(-(-n // FP8_BLOCK) for n in shape[-2:]))
 
 
 def _vision_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
@@ -85,11 +109,11 @@ def _vision_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
     return {f"vision_model.{name}": shape for name, shape in shapes.items()}
 
 
-def output_tensors(shape: tuple[int, int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What a stacked weight [experts, n, k] becomes: suffix of its name -> dtype, shape. input_scale comes besides."""
-    experts, n, k = shape
+def output_tensors(shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a weight [n, k] or [experts, n, k] becomes: suffix -> dtype, shape. input_scale is shaped as _scale_2."""
+    *stack, n, k = shape
     return {
-        "": ("U8", (experts, n, k // 2)),
-        "_scale": ("F8_E4M3", (experts, n, k // BLOCK)),
-        "_scale_2": ("F32", (experts,)),
+        "": ("U8", (*stack, n, k // 2)),
+        "_scale": ("F8_E4M3", (*stack, n, k // BLOCK)),
+        "_scale_2": ("F32", tuple(stack)),
     }

@@ -31,15 +31,20 @@ def layer_number(name: str) -> int | None:
     return int(part[2]) if part[:2] == ["model", "layers"] and len(part) > 2 and part[2].isdecimal() else None
 
 
-def exclude_patterns(config: StepConfig, spellings: set[str] = frozenset()) -> list[str]:
+def exclude_patterns(
+    config: StepConfig, recipe: str, lm_head: bool = False, spellings: set[str] = frozenset()
+) -> list[str]:
     """Patterns of the modules left alone, under the source's and the release's prefix (and any other in `spellings`).
 
     A layer number is always followed by a dot: engines read `layers.1*` as a substring, which takes in 10 to 19.
     `moe.gate` has no star, which would take in moe.gate_proj.
     """
-    modules = ["lm_head", "model.embed_tokens"]
+    modules = ["model.embed_tokens"] if lm_head else ["lm_head", "model.embed_tokens"]
     for i, layer in enumerate(config.layers):
-        parts = ("self_attn*", "share_expert*", "moe.gate") if layer.moe else ("*",)
+        if recipe == "linears" and i < config.num_layers:
+            parts = ("self_attn.g_proj", "moe.gate") if layer.moe else ("self_attn.g_proj",)
+        else:
+            parts = ("self_attn*", "share_expert*", "moe.gate") if layer.moe else ("*",)
         modules += [f"model.layers.{i}.{part}" for part in parts]
     if config.vision:
         modules += ["vision_model*", "vit_large_projector*"]
@@ -50,6 +55,16 @@ def exclude_patterns(config: StepConfig, spellings: set[str] = frozenset()) -> l
     patterns.update(dict.fromkeys(f"model.language_model.layers.{i}.*" for i in mtp))
     patterns.update(dict.fromkeys(prefix + m for prefix in sorted(spellings) for m in modules))
     return list(patterns)
+
+
+def engine_modules(module: str) -> list[str]:
+    """The names under which engines look up whether a quantized `module` of a checkpoint is excluded."""
+    parent, _, projection = module.rpartition(".")
+    if parent.endswith(".moe"):
+        return [f"{parent}.experts"]
+    fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+    fused |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+    return [module, *([f"{parent}.{fused[projection]}"] if projection in fused else [])]
 
 
 def is_excluded(module: str, patterns: list[str]) -> bool:

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     again = f"python -m quantize.nvfp4 {shlex.join([*_without_resume(arguments), '--resume'])}"
     try:
-        settings = Settings(options.recipe, options.search, options.kv_cache, options.names)
+        settings = Settings(options.recipe, options.search, options.kv_cache, options.names, options.lm_head)
         summary = run(
             options.source,
             options.target,
@@ -53,14 +53,22 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m quantize.nvfp4",
         description="Converts a BF16 or FP8 Step-3.5 or Step-3.7 checkpoint to NVFP4 for vLLM, SGLang, TensorRT-LLM, "
-        "one expert at a time. Activation scales (input_scale) are 1.0, for no calibration data is used.",
+        "a slice at a time. Activation scales (input_scale) are 1.0, for no calibration data is used.",
         epilog="example: python -m quantize.nvfp4 Step-3.7-Flash Step-3.7-Flash-NVFP4 --search mse --kv-cache fp8",
     )
     parser.add_argument(
         "source", metavar="SRC", help="folder of the checkpoint, or the word bundled for the one inside"
     )
     parser.add_argument("target", metavar="DST", help="folder to make; must not exist or be empty, but for --resume")
-    parser.add_argument("--recipe", choices=RECIPES, default=RECIPES[0], help="what to quantize (default: %(default)s)")
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        default=RECIPES[0],
+        help="what to quantize: the routed experts, or the linear layers of attention, dense MLPs and share experts "
+        "too; the router, the attention's small g_proj (engines expect it so), the vision encoder and the MTP layers "
+        "stay as they are in both (default: %(default)s)",
+    )
+    parser.add_argument("--lm-head", action="store_true", help="quantize lm_head too; only with --recipe linears")
     parser.add_argument(
         "--search",
         choices=SEARCHES,

@@ -12,11 +12,11 @@ from step_kernels.model.checkpoint import DTYPES, Checkpoint, CheckpointError, E
 from step_kernels.model.config import StepConfig
 from step_kernels.nvfp4 import BLOCK, SEARCHES
 
-from .layout import GROUPS, expert_shapes, inverse_scale_shape, output_tensors, tensor_shapes, weight_name
+from .layout import expert_shapes, inverse_scale_shape, output_tensors, tensor_shapes, weight_groups
 from .modelopt import NAMES, exclude_patterns, layer_number, released_name
 
 BUNDLED = "bundled"
-RECIPES = ("experts",)
+RECIPES = ("experts", "linears")
 KV_CACHES = ("fp8", "none")
 FLOATS = ("BF16", "F16", "F32")
 _NAME = {dtype: name for name, dtype in DTYPES.items()}
@@ -34,19 +34,21 @@ class Settings:
     search: str = "mse"
     kv_cache: str = "fp8"
     names: str = "source"
+    lm_head: bool = False
 
     def __post_init__(self):
         choices = {"recipe": RECIPES, "search": SEARCHES, "kv_cache": KV_CACHES, "names": NAMES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(allowed)}")
+        if self.lm_head and self.recipe != "linears":
+            raise UsageError(f"lm_head: got it with recipe {self.recipe}, wanted recipe linears")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Stacked expert weights that share a global scale. `weights`: canonical names; `outputs`: shard, name."""
+    """Weights that share a global scale (an expert). `weights`: canonical names; `outputs`: shard, name."""
 
-    layer: int
     weights: tuple[str, ...]
     outputs: tuple[tuple[str, str], ...]
 
@@ -104,16 +106,16 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'}: moe_layers_enum names no layer to quantize")
     stored = [entry.stored_name for entry in checkpoint.entries.values()]
     third = {"language_model."} if any(name.startswith("language_model.") for name in stored) else set()
-    plan = Plan(checkpoint, config, settings, exclude_patterns(config, third))
-    shapes, experts = tensor_shapes(config), expert_shapes(config)
-    _check_names(checkpoint, config, shapes, experts)
+    plan = Plan(checkpoint, config, settings, exclude_patterns(config, settings.recipe, settings.lm_head, third))
+    shapes = tensor_shapes(config) | expert_shapes(config)
+    groups = weight_groups(config, settings.recipe, settings.lm_head)
+    quantized = {name for group in groups for name in group}
+    _check_names(checkpoint, config, shapes, quantized)
     for name in shapes:
-        if name in checkpoint:
+        if name in checkpoint and name not in quantized:
             _copy(plan, name, shapes[name])
-    for layer, layer_config in enumerate(config.layers):
-        if layer_config.moe:
-            for projections in GROUPS:
-                _quantize(plan, layer, projections, experts)
+    for group in groups:
+        _quantize(plan, group, shapes)
     return plan
 
 
@@ -126,14 +128,14 @@ def _quant_method(config: dict) -> str | None:
     return None
 
 
-def _check_names(checkpoint: Checkpoint, config: StepConfig, shapes: dict, experts: dict) -> None:
+def _check_names(checkpoint: Checkpoint, config: StepConfig, shapes: dict, quantized: set[str]) -> None:
     for name, entry in checkpoint.entries.items():
         weight = name.removesuffix("_scale_inv")
-        if not (name in shapes or name in experts or (weight != name and weight in experts)):
+        if not (name in shapes or (weight != name and weight in quantized)):
             raise CheckpointError(f"{entry.file}: {entry.stored_name}: no rule says what becomes of this tensor")
     # A checkpoint may come without its MTP layers (the first NVFP4 upload did), but not with half of one.
     there = {layer_number(name) for name in checkpoint.entries}
-    for name in (*shapes, *experts):
+    for name in shapes:
         layer = layer_number(name)
         if layer is None or layer < config.num_layers or layer in there:
             checkpoint.entry(name)
@@ -145,18 +147,26 @@ def _copy(plan: Plan, name: str, shape: tuple[int, ...]) -> None:
     output = _output_name(plan, name, entry)
     plan.copies.append((entry, entry.file.name, output))
     plan.add(entry.file.name, output, _NAME[entry.dtype], shape)
+    _cache_scale(plan, name, entry.file.name, output)
+
+
+def _cache_scale(plan: Plan, name: str, file: str, output: str) -> None:
+    """The scale of the KV cache beside k_proj and v_proj."""
     for projection in ("k", "v"):
         layer, suffix = layer_number(name), f"self_attn.{projection}_proj.weight"
         if plan.settings.kv_cache == "fp8" and name.endswith(suffix) and layer < plan.config.num_layers:
-            _constant(plan, entry.file.name, output.removesuffix("weight") + f"{projection}_scale", ())
+            _constant(plan, file, output.removesuffix("weight") + f"{projection}_scale", ())
 
 
-def _quantize(plan: Plan, layer: int, projections: tuple[str, ...], experts: dict) -> None:
-    weights, outputs = [], []
-    for projection in projections:
-        name = weight_name(layer, projection)
-        entry, shape = plan.checkpoint.entry(name), experts[name]
+def _quantize(plan: Plan, weights: tuple[str, ...], shapes: dict) -> None:
+    outputs = []
+    for name in weights:
+        entry, shape = plan.checkpoint.entry(name), shapes[name]
         _expect(entry, shape, (*FLOATS, "F8_E4M3"))
+        if shape[-1] % BLOCK:
+            raise CheckpointError(
+                f"{entry.file}: {entry.stored_name}: rows of {shape[-1]}, wanted a multiple of {BLOCK}"
+            )
         inverse = f"{name}_scale_inv"
         if _NAME[entry.dtype] == "F8_E4M3":
             _expect(plan.checkpoint.entry(inverse), inverse_scale_shape(shape), ("F32",))
@@ -166,10 +176,10 @@ def _quantize(plan: Plan, layer: int, projections: tuple[str, ...], experts: dic
         for suffix, (dtype, output_shape) in output_tensors(shape).items():
             plan.add(file, output + suffix, dtype, output_shape)
         # Without calibration data: amax 6 * 448, so that activations keep their own magnitude.
-        _constant(plan, file, output.removesuffix("weight") + "input_scale", shape[:1])
-        weights.append(name)
+        _constant(plan, file, output.removesuffix("weight") + "input_scale", shape[:-2])
+        _cache_scale(plan, name, file, output)
         outputs.append((file, output))
-    plan.groups.append(Group(layer, tuple(weights), tuple(outputs)))
+    plan.groups.append(Group(weights, tuple(outputs)))
 
 
 def _constant(plan: Plan, file: str, name: str, shape: tuple[int, ...]) -> None:

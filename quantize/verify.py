@@ -20,9 +20,9 @@ from step_kernels.model.config import StepConfig
 
 from .cli import print_problems
 from .errors import Errors
-from .experts import expert_error, read_expert
-from .layout import expert_shapes, output_tensors, tensor_shapes
-from .modelopt import HF_QUANT_CONFIG, is_excluded, layer_number
+from .layout import expert_shapes, output_tensors, projection_name, tensor_shapes, weight_groups
+from .matrices import label, piece_error, pieces, read_piece
+from .modelopt import HF_QUANT_CONFIG, engine_modules, is_excluded, layer_number
 from .plan import FLOATS, resolve_source
 from .shards import PART, read_chunks
 
@@ -56,7 +56,7 @@ def verify(
             check.values(name)
             if check.source and name in check.copied:
                 check.equal(name)
-            elif check.source and errors and name in check.experts:
+            elif check.source and errors and name in check.quantized:
                 check.error(name)
             bar.update(entry.end - entry.begin)
     return check.report
@@ -67,20 +67,30 @@ class _Check:
         self.checkpoint, self.source, self.report = checkpoint, source, Report()
         self.sound: dict[str, Entry] = {}  # the tensors with the right type and shape, by canonical name
         self.config = StepConfig.from_dict(checkpoint.config, str(checkpoint.folder / "config.json"))
-        self.copied, self.experts = tensor_shapes(self.config), expert_shapes(self.config)
+        experts = expert_shapes(self.config)
+        shapes = tensor_shapes(self.config) | experts
+        # The routed experts always are; of the linears each group tells by the type of its weights.
+        groups = weight_groups(self.config, "linears", lm_head=True)
+        groups = [group for group in groups if any(name in experts or self.is_fp4(name) for name in group)]
+        self.first = {name: group[0] for group in groups for name in group}  # with the same global scale
+        self.quantized = {name: shapes[name] for name in self.first}
+        self.copied = {name: shape for name, shape in shapes.items() if name not in self.first}
         quantization = checkpoint.config.get("quantization_config")
         self.quantization = quantization if isinstance(quantization, dict) else {}
 
     def fail(self, what: str) -> None:
         self.report.problems.append(what)
 
+    def is_fp4(self, weight: str) -> bool:
+        return weight in self.checkpoint and self.checkpoint.entry(weight).dtype == torch.uint8
+
     def layout(self) -> None:
         """Every tensor of the model is there, with its type and shape, and no other."""
         wanted = {name: (FLOATS, shape) for name, shape in self.copied.items()}
-        for name, shape in self.experts.items():
+        for name, shape in self.quantized.items():
             outputs = output_tensors(shape).items()
             wanted |= {name + suffix: ((dtype,), s) for suffix, (dtype, s) in outputs}
-            wanted[name.removesuffix("weight") + "input_scale"] = (("F32",), shape[:1])
+            wanted[name.removesuffix("weight") + "input_scale"] = (("F32",), shape[:-2])
         if self.quantization.get("kv_cache_scheme"):
             layers = range(self.config.num_layers)
             wanted |= {f"model.layers.{i}.self_attn.{p}_proj.{p}_scale": (("F32",), ()) for i in layers for p in "kv"}
@@ -130,32 +140,34 @@ class _Check:
             self.fail(f"{HF_QUANT_CONFIG}: exclude_modules differs from config.json's ignore")
         for name, entry in self.checkpoint.entries.items():
             module = entry.stored_name.removesuffix("weight")[:-1]
-            if name in self.experts:
-                module = module.rpartition(".")[0] + ".experts"  # the engines' name, one module a layer
-                if is_excluded(module, patterns):
-                    self.fail(f"config.json: ignore matches {module}, which is quantized")
+            if name in self.quantized:
+                for matched in (m for m in engine_modules(module) if is_excluded(m, patterns)):
+                    self.fail(f"config.json: ignore matches {matched}, which is quantized")
             elif len(self.copied.get(name, ())) == 2 and name.endswith("weight") and name != _EMBEDDING:
                 if not is_excluded(module, patterns):
                     self.fail(f"config.json: ignore does not match {module}, which is not quantized")
 
     def values(self, name: str) -> None:
-        """No scale that is zero, negative or NaN; gate and up with one global scale."""
+        """No scale that is zero, negative or NaN; gate and up, and q, k and v, with one global scale."""
         kind = name.rpartition(".")[2]
         if kind == "weight_scale":
-            for expert in range(self.config.num_experts):
-                codes = self.checkpoint.read(name, expert, expert + 1).view(torch.uint8)
-                bad = int(((codes == 0) | (codes >= 0x7F)).sum())
+            shape = self.checkpoint.entry(name).shape
+            for matrix, ranges in enumerate(pieces(shape)):
+                codes = (self.checkpoint.read(name, *rows).view(torch.uint8) for rows in ranges)
+                bad = sum(int(((c == 0) | (c >= 0x7F)).sum()) for c in codes)
                 if bad:
-                    self.fail(f"{name}: expert {expert}: {bad} block scales are zero, negative or NaN")
+                    self.fail(f"{name}: {label(shape, matrix)}{bad} block scales are zero, negative or NaN")
         elif kind.endswith("_scale") or kind == "weight_scale_2":
-            scale = self.checkpoint.read(name).reshape(-1)
+            shape, scale = self.checkpoint.entry(name).shape, self.checkpoint.read(name).reshape(-1)
             for i in (~(torch.isfinite(scale) & (scale > 0))).nonzero().flatten().tolist():
-                self.fail(f"{name}: expert {i}: is {scale[i]}, wanted a positive number")
-            gate = name.replace(".up_proj.", ".gate_proj.")
-            if kind == "weight_scale_2" and gate != name and gate in self.sound:
-                wanted = self.checkpoint.read(gate)
+                self.fail(f"{name}: {label(shape, i)}is {scale[i]}, wanted a positive number")
+            weight = name.removesuffix("_scale_2")
+            first = self.first.get(weight, weight)
+            if first != weight and f"{first}_scale_2" in self.sound:
+                wanted = self.checkpoint.read(f"{first}_scale_2").reshape(-1)
                 for i in (wanted != scale).nonzero().flatten().tolist():
-                    self.fail(f"{name}: expert {i}: is {scale[i]}, wanted gate_proj's {wanted[i]}")
+                    whose = first.split(".")[-2]
+                    self.fail(f"{name}: {label(shape, i)}is {scale[i]}, wanted {whose}'s {wanted[i]}")
 
     def equal(self, name: str) -> None:
         """Byte by byte as in the source."""
@@ -169,17 +181,17 @@ class _Check:
 
     def error(self, name: str) -> None:
         """Adds to the error table what `name` differs by, decoded from its bytes."""
-        entry = self.source.entries.get(name)
-        if entry is None or entry.shape != self.experts[name]:
-            return self.fail(f"{name}: is not in {self.source.folder} as {list(self.experts[name])}")
+        entry, shape = self.source.entries.get(name), self.quantized[name]
+        if entry is None or entry.shape != shape:
+            return self.fail(f"{name}: is not in {self.source.folder} as {list(shape)}")
         if not self.sound.keys() >= {f"{name}_scale", f"{name}_scale_2"}:
             return
-        scales = self.checkpoint.read(f"{name}_scale_2")
-        for expert in range(len(scales)):
-            weight, _ = read_expert(self.source, name, expert)
-            codes, blocks = (self.checkpoint.read(n, expert, expert + 1)[0] for n in (name, f"{name}_scale"))
-            sums = expert_error(weight, codes, blocks, scales[expert])
-            self.report.errors.add(layer_number(name), name.split(".")[-2], *sums.tolist())
+        for scale, ranges in zip(self.checkpoint.read(f"{name}_scale_2").reshape(-1), pieces(shape)):
+            for begin, end in ranges:
+                weight, _ = read_piece(self.source, name, begin, end)
+                codes, blocks = (self.checkpoint.read(n, begin, end).flatten(0, -2) for n in (name, f"{name}_scale"))
+                sums = piece_error(weight, codes, blocks, scale)
+                self.report.errors.add(layer_number(name), projection_name(name), *sums.tolist())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -79,7 +79,7 @@ def test_error_table_equals_the_error_of_the_written_bytes(source, tmp_path):
     table = run(source, tmp_path / "out").errors
     given, out = read(source), read(tmp_path / "out")
     for layer, projection in table.sums:
-        name = f"model.layers.{layer}.moe.{projection}.weight"
+        name = f"model.layers.{layer}.{projection}.weight"
         w = given[name].double()
         q = nvfp4.dequantize(out[name], out[f"{name}_scale"], out[f"{name}_scale_2"]).double()
         wanted = ((q - w).square().sum() / w.square().sum()).item()

@@ -46,8 +46,8 @@ def poison(value: float):
         (lambda t: t.update({GATE: t[GATE].to(torch.float8_e4m3fn)}), f"{GATE}_scale_inv is missing"),
         (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.uint8)}), "lm_head.weight: dtype U8"),
         (lambda t: t.update({f"{GATE}_scale_inv": torch.ones(4, 2, 2)}), "wanted F8_E4M3 with it"),
-        (poison(float("nan")), f"{GATE}: expert 2 holds NaN or infinity"),
-        (poison(float("-inf")), f"{GATE}: expert 2 holds NaN or infinity"),
+        (poison(float("nan")), f"{GATE}: expert 2: holds NaN or infinity"),
+        (poison(float("-inf")), f"{GATE}: expert 2: holds NaN or infinity"),
     ],
 )
 def test_bad_tensor_is_named_in_one_line_and_no_final_file_is_left_broken(edit, wanted, source, tmp_path, capsys):

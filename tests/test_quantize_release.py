@@ -18,7 +18,7 @@ from step_kernels.model.checkpoint import Checkpoint, Entry
 from step_kernels.model.config import StepConfig
 
 
-def real_plan(names: str):
+def real_plan(names: str, **settings):
     full, sliding = "full_attention", "sliding_attention"
     text = TEXT | {
         "hidden_size": 4096,
@@ -47,7 +47,7 @@ def real_plan(names: str):
         entries[name] = Entry(name, Path("model.safetensors"), dtype, shape, 0, 0)
     checkpoint = Checkpoint.__new__(Checkpoint)
     checkpoint.folder, checkpoint.config, checkpoint.entries = Path("real"), config, entries
-    return make_plan(checkpoint, Settings(names=names)), entries
+    return make_plan(checkpoint, Settings(names=names, **settings)), entries
 
 
 def elements(tensors) -> dict[str, int]:
@@ -108,10 +108,46 @@ def test_engines_matcher_excludes_every_linear_but_no_expert(names):
     assert [m for m in stacks if any(fnmatchcase(m, p) for p in plan.patterns)] == []
 
 
+@pytest.mark.parametrize("names", ["source", "released"])
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_engines_matcher_excludes_exactly_what_the_linears_recipe_leaves_alone(names, lm_head):
+    plan, entries = real_plan(names, recipe="linears", lm_head=lm_head)
+    (shard,) = plan.shards.values()
+    spell = (lambda n: n) if names == "source" else (lambda n: released_name(n, plan.config))
+    linears = {spell(n): n for n, e in entries.items() if len(e.shape) == 2 and re.search(r"[._]weight$", n)}
+    linears.pop(spell("model.embed_tokens.weight"))
+    quantized = {n for n in linears if shard[n][0] == "U8"}
+    assert len(quantized) == 45 * 4 + 45 * 3 + lm_head  # attention, then dense MLPs and share experts
+    left = {linears[n] for n in linears.keys() - quantized if "vision" not in n and "vit_large" not in n}
+    in_trunk = {re.sub(r"\d+", "N", n) for n in left if int((re.findall(r"\d+", n) or [0])[0]) < 45}
+    gates = {"model.layers.N.self_attn.g_proj.weight", "model.layers.N.moe.gate.weight"}
+    assert in_trunk == (gates if lm_head else {*gates, "lm_head.weight"})
+
+    def engine(name):  # q, k, v and gate, up are fused; vLLM moves the share expert below moe
+        module = re.sub(r"[._]weight$", "", name).replace(".share_expert.", ".moe.share_expert.")
+        return re.sub(
+            r"[qkv]_proj$", "qkv_proj", re.sub(r"(mlp|share_expert)\.(gate|up)_proj$", r"\1.gate_up_proj", module)
+        )
+
+    modules = {engine(n) for n in quantized} | {spell(f"model.layers.{i}.moe.experts") for i in range(3, 45)}
+    assert len(modules) == 45 * 2 + 45 * 2 + lm_head + 42
+    assert [m for m in modules if is_excluded(m, plan.patterns)] == []
+    assert [m for m in map(engine, linears.keys() - quantized) if not is_excluded(m, plan.patterns)] == []
+
+
+def test_linears_recipe_stores_trunk_but_mtp_and_vision_at_four_and_a_half_bits():
+    plan, entries = real_plan("source", recipe="linears")
+    (shard,) = plan.shards.values()
+    # 4,520,815,872 of attention less 45 g_proj, 415,236,096 of dense MLPs, 660,602,880 of share experts.
+    gates = sum(e.shape[0] * 4096 for n, e in entries.items() if "self_attn.g_proj" in n and int(n.split(".")[2]) < 45)
+    linears = 4_520_815_872 - gates - 45 * 2 * 128 + 415_236_096 + 660_602_880
+    found, experts = elements(shard.values()), 190_253_629_440
+    assert found["U8"] == (experts + linears) // 2 and found["F8_E4M3"] == (experts + linears) // 16
+    assert found["BF16"] == 11_111_674_624 - linears
+    assert shard["model.layers.1.self_attn.q_proj.weight_scale"] == ("F8_E4M3", (96 * 128, 256))
+
+
 def test_matcher_takes_an_undotted_layer_number_for_ten_layers():
     modules = [f"model.layers.{i}.moe.experts" for i in range(20)]
     assert [is_excluded(m, ["model.layers.1*"]) for m in modules] == [i == 1 or i >= 10 for i in range(20)]
     assert [is_excluded(m, ["model.layers.1.*"]) for m in modules] == [i == 1 for i in range(20)]
-
-
-# Interruption.
