@@ -1,0 +1,11 @@
+"""The corpus's command line.
+
+python -m bench.corpus FOLDER
+"""
+
+import sys
+
+from . import main
+
+if __name__ == "__main__":
+    sys.exit(main())
