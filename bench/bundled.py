@@ -1,45 +1,30 @@
-"""Makes the bundled checkpoint: a miniature Step-3.7 with every feature of the big one, from a fixed seed.
-
-python -m bench.bundled [FOLDER]
-"""
+"""What the bundled checkpoint is: a small Step-3.7 with every feature of the big one. bench.train_bundled trains it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 
-from step_kernels.cli import Parser
-from step_kernels.model.config import FULL, SLIDING, StepConfig
-from step_kernels.model.step import Step3p7
-from step_kernels.model.weights import RandomWeights
+from step_kernels.model.config import FULL, SLIDING
 
 BUNDLED = Path(__file__).parents[1] / "step_kernels" / "model" / "bundled"
 SPECIAL = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|stop|>", "<|im_start|>", "<|im_end|>", "<im_patch>", "<im_start>",
     "<im_end>", "<patch_start>", "<patch_end>", "<patch_newline>", "<think>", "</think>",
 )  # fmt: skip
-CORPUS = """
-A mixture of experts sends each token to a few of its experts and adds what they say. The router scores every
-expert, keeps the best of them, and weighs their answers. The tensors of a checkpoint are read one by one, an
-expert at a time, and each block of sixteen weights shares a scale. The largest weight of the block and the largest
-of the tensor set the two scales; a search tries the scales around them and keeps the one with the least error.
-Attention reads the keys and the values of the tokens before, all of them in the full layers and the last of them
-in the sliding layers. The picture is cut into crops, the crops are read by the encoder, and their features take
-the places of the image tokens. What is this? What is in the picture? There is a house with a red roof and a door,
-the sun is in the sky, and the grass is green. Hello! Here is the answer to the question that you have asked.
-Write one short sentence. Count the numbers: one, two, three, four, five, six, seven, eight, nine, ten.
-"""
-TRUNK, MTP = (FULL, SLIDING, SLIDING, SLIDING, FULL, SLIDING), 3
+VOCAB = 2048
+TRUNK, MTP = (FULL, SLIDING, SLIDING, SLIDING, FULL, SLIDING, SLIDING, SLIDING), 3
 TYPES = TRUNK + (SLIDING,) * MTP
+SHARD_BYTES = 10e6
 
 
 def config() -> dict:
-    """The released config.json's schema, with widths of a few dozen."""
+    """The released config.json's schema. The clamps are as tight as layers this narrow need for them to bind."""
 
     def by_type(full, sliding):
         return [full if t == FULL else sliding for t in TYPES]
@@ -50,23 +35,23 @@ def config() -> dict:
     text = {
         "model_type": "step3p5",
         "architectures": ["Step3p5ForCausalLM"],
-        "hidden_size": 64,
-        "intermediate_size": 96,
+        "hidden_size": 192,
+        "intermediate_size": 256,
         "num_hidden_layers": len(TRUNK),
-        "vocab_size": 448,
+        "vocab_size": VOCAB,
         "max_position_embeddings": 4096,
         "max_seq_len": 4096,
-        "num_attention_heads": 4,
+        "num_attention_heads": 8,
         "num_attention_groups": 2,
         "head_dim": 32,
         "att_impl_type": "GQA",
         "use_head_wise_attn_gate": True,
         "torch_dtype": "bfloat16",
         "layer_types": list(TYPES),
-        "sliding_window": 24,
+        "sliding_window": 64,
         "attention_other_setting": {
             "attention_type": SLIDING,
-            "num_attention_heads": 6,
+            "num_attention_heads": 12,
             "num_attention_groups": 2,
             "head_dim": 32,
         },
@@ -82,18 +67,18 @@ def config() -> dict:
         },
         "yarn_only_types": [FULL],
         "use_rope_layers": [],
-        "moe_layers_enum": "3,4,5",
-        "moe_num_experts": 16,
+        "moe_layers_enum": "3,4,5,6,7",
+        "moe_num_experts": 32,
         "moe_top_k": 4,
-        "moe_intermediate_size": 32,
-        "share_expert_dim": 32,
+        "moe_intermediate_size": 64,
+        "share_expert_dim": 64,
         "norm_expert_weight": True,
         "moe_router_activation": "sigmoid",
         "use_moe_router_bias": True,
         "need_fp32_gate": True,
         "moe_router_scaling_factor": 3.0,
-        "swiglu_limits": limits(7.0),
-        "swiglu_limits_shared": limits(16.0),
+        "swiglu_limits": limits(2.0),
+        "swiglu_limits_shared": limits(3.0),
         "num_nextn_predict_layers": MTP,
         "bos_token_id": 0,
         "eos_token_id": [1, 2, SPECIAL.index("<|im_end|>")],
@@ -116,9 +101,9 @@ def config() -> dict:
             "model_type": "perception_encoder",
             "image_size": 168,
             "patch_size": 14,
-            "width": 24,
-            "layers": 2,
-            "heads": 2,
+            "width": 64,
+            "layers": 3,
+            "heads": 4,
             "mlp_ratio": 2.0,
             "use_cls_token": False,
             "use_ln_post": False,
@@ -131,76 +116,37 @@ def config() -> dict:
     }
 
 
-class Recorder(RandomWeights):
-    """Random weights that remember what the model asked for; `tensors` is the checkpoint."""
-
-    def __init__(self):
-        super().__init__(torch.device("cpu"), torch.bfloat16, nvfp4=False, seed=37)
-        self.tensors: dict[str, torch.Tensor] = {}
-
-    def tensor(self, name: str, shape: tuple[int, ...], keep: bool = False) -> torch.Tensor:
-        x = super().tensor(name, shape, keep)
-        if name.endswith("moe.gate.weight"):
-            x = x.bfloat16()
-        elif name.endswith(("4.moe.gate_proj.weight", "5.moe.gate_proj.weight")):
-            x *= 4  # so that silu(gate) passes 7 and the clamp binds
-        elif name.endswith(("4.share_expert.gate_proj.weight", "5.share_expert.gate_proj.weight")):
-            x *= 8
-        self.tensors[name] = x.contiguous()
-        return x
-
-
-def tokenizer(corpus: str) -> Tokenizer:
-    """Byte-level BPE of 448 tokens, the special ones first."""
+def tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """Byte-level BPE of VOCAB tokens, the special ones first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=448,
+        vocab_size=VOCAB,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([corpus], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def picture() -> Image.Image:
-    """A scene that is wider than a view, so it is cut into crops."""
-    image = Image.new("RGB", (240, 150), (135, 190, 235))
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((0, 100, 240, 150), fill=(90, 150, 80))
-    draw.ellipse((180, 12, 216, 48), fill=(250, 220, 90))
-    draw.rectangle((40, 60, 110, 120), fill=(190, 110, 80))
-    draw.polygon(((30, 60), (75, 25), (120, 60)), fill=(120, 50, 45))
-    draw.rectangle((66, 88, 84, 120), fill=(80, 50, 30))
-    return image
-
-
-def main() -> None:
-    parser = Parser(prog="python -m bench.bundled", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=BUNDLED, help="where to write it (the package's own)")
-    folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
+def save(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """config.json and the tensors in shards of about 10 MB, the vision encoder's last, as the release has it."""
     (folder / "config.json").write_text(json.dumps(config(), indent=1) + "\n")
-    weights = Recorder()
-    Step3p7(StepConfig.from_dict(config()), weights, MTP)
-    # Two shards, as the release keeps its vision encoder apart.
-    vision = {n: t for n, t in weights.tensors.items() if n.startswith("vi")}
-    text = {n: t for n, t in weights.tensors.items() if n not in vision}
-    shards = {"model-00001-of-00002.safetensors": text, "model-00002-of-00002.safetensors": vision}
-    for name, tensors in shards.items():
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+    shards, size = [[]], 0
+    for name in sorted(tensors, key=lambda n: n.startswith("vi")):
+        last = shards[-1][-1:]
+        if size > SHARD_BYTES or (last and name.startswith("vi") and not last[0].startswith("vi")):
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensors[name].numel() * tensors[name].itemsize
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards):
+        save_file({n: tensors[n] for n in names}, folder / file, metadata={"format": "pt"})
     index = {
-        "metadata": {"total_size": sum(t.numel() * t.itemsize for t in weights.tensors.values())},
-        "weight_map": {n: name for name, tensors in shards.items() for n in sorted(tensors)},
+        "metadata": {"total_size": sum(t.numel() * t.itemsize for t in tensors.values())},
+        "weight_map": {n: file for file, names in zip(files, shards) for n in sorted(names)},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    tokenizer(CORPUS).save(str(folder / "tokenizer.json"))
-    picture().save(folder / "picture.png", optimize=True)
-    size = sum(f.stat().st_size for f in folder.iterdir())
-    print(f"{folder}: {size / 1e6:.2f} MB, {sum(t.numel() for t in weights.tensors.values()) / 1e6:.2f} M parameters")
-
-
-if __name__ == "__main__":
-    main()
