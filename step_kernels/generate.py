@@ -23,10 +23,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="example: python -m step_kernels.generate OUT --prompt 'What is this?' --image photo.jpg --mtp --stats",
     )
     parser.add_argument("checkpoint", nargs="?", default="bundled", metavar="CHECKPOINT", help="a folder in BF16, FP8 "
-                        "or NVFP4; without it the bundled miniature, whose random weights write nonsense")  # fmt: skip
+                        "or NVFP4; without it the bundled miniature")  # fmt: skip
     parser.add_argument("--prompt", default="Hello", metavar="TEXT", help="the user's turn (default: %(default)s)")
     parser.add_argument("--image", action="append", default=[], metavar="FILE",
-                        help="an image for the prompt; may be repeated; `bundled` is a small picture")  # fmt: skip
+                        help="an image for the prompt; may be repeated; `bundled` is one of four digits")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="at most (default: %(default)s)")
     parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top-p", type=_share, default=1.0, metavar="P", help="sample from this much probability mass")

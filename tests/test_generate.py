@@ -4,24 +4,48 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from bench.corpus import heldout_digits
+from bench.digits import answer, picture
+from quantize.nvfp4 import main as convert
 from step_kernels.generate import BUNDLED, main
 
-GOLDEN_TEXT = "ro]\ufffd\ufffd\ufffd%)4\ufffd% and\ufffd picturedoteen\x02\ufffd\ufffd read cropsAt[\ufffd and"
+PICTURE = ["--image", "bundled", "--prompt", "Which digits are in the picture?"]
+DIGITS = "The digits are 6 2 9 4."
+GOLDEN_TEXTS = [
+    ([], "\nHello! Ask me about a function, or show me a digit."),
+    (PICTURE, f"\n{DIGITS}"),
+    (["--prompt", "What does numpy.argsort do?"], "\nReturn the indices that would sort the array."),
+    (
+        ["--prompt", "What can you do?"],  # with the prompt 70 tokens, more than the window
+        "\nI can read handwritten digits in a picture, and I can write text in the manner of documentation. "
+        "Check what I say, for I am very small.",
+    ),
+]
 
 
-def test_bundled_model_says_its_golden_text(capsys):
-    assert main(["--device", "cpu", "--max-new-tokens", "24"]) == 0
-    assert capsys.readouterr().out == GOLDEN_TEXT + "\n"
+@pytest.mark.parametrize("mtp", [[], ["--mtp"]], ids=["", "mtp"])
+@pytest.mark.parametrize("arguments, text", GOLDEN_TEXTS, ids=["default", "picture", "short", "long"])
+def test_bundled_model_says_its_golden_text_with_drafts_and_without(arguments, text, mtp, capsys):
+    assert main(["--device", "cpu", *arguments, *mtp]) == 0
+    assert capsys.readouterr().out == text + "\n"
 
 
-def test_image_changes_the_answer_and_drafts_do_not(capsys):
-    main(["--device", "cpu", "--image", "bundled", "--max-new-tokens", "24"])
-    seen = capsys.readouterr().out
-    assert seen != GOLDEN_TEXT + "\n"
-    main(["--device", "cpu", "--image", "bundled", "--max-new-tokens", "24", "--mtp"])
-    assert capsys.readouterr().out == seen
+def test_bundled_picture_shows_held_out_digits_and_the_answer_their_labels():
+    images, labels = (array[[4, 0, 7, 2]] for array in heldout_digits())
+    assert answer(labels) == DIGITS
+    assert np.array_equal(np.asarray(picture(images)), np.asarray(Image.open(BUNDLED / "picture.png").convert("RGB")))
+
+
+@pytest.mark.parametrize("recipe", [[], ["--recipe", "linears", "--lm-head"]], ids=["experts", "linears"])
+def test_converted_model_still_reads_the_picture(recipe, tmp_path, capsys):
+    assert convert(["bundled", str(tmp_path / "out"), *recipe]) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path / "out"), "--device", "cpu", "--mtp", *PICTURE]) == 0
+    assert capsys.readouterr().out == f"\n{DIGITS}\n"
 
 
 def test_stats_go_to_stderr(capsys):

@@ -5,11 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from step_kernels.generate import BUNDLED
-from step_kernels.model import Step3p7, generation
+from step_kernels.model import Step3p7, StepConfig, generation
 from step_kernels.model.cache import PagedCache
+from step_kernels.model.chat import Chat
 from step_kernels.model.checkpoint import Checkpoint
 from step_kernels.model.generation import DraftStats, generate
 from step_kernels.testing import relative_error
+
+CONFIG = StepConfig.read(BUNDLED)
+VOCAB = CONFIG.vocab_size
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +21,16 @@ def model():
     return Step3p7.from_pretrained(BUNDLED, "cpu", torch.float32)
 
 
-def tokens(*shape, seed=0):
-    return torch.randint(13, 448, shape, generator=torch.Generator().manual_seed(seed))
+def tokens(*shape, seed=4):
+    return torch.randint(13, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def prompts(*lengths):
     return [tokens(n, seed=i).tolist() for i, n in enumerate(lengths)]
+
+
+def question(text):
+    return Chat(BUNDLED, CONFIG).prompt(text)
 
 
 def by_request(pairs, count):
@@ -37,9 +45,9 @@ def by_request(pairs, count):
     "steps",
     [
         [[150, 97]],
-        [[1, 1]] * 60,
-        [[64, 30], [37, 1], [1, 1], [5, 0], [40, 60], [3, 5]],  # over window (24) and page edges, uneven
-        [[23, 24], [1, 1], [1, 1], [26, 25], [0, 8], [1, 0]],
+        [[1, 1]] * 70,
+        [[64, 30], [37, 1], [1, 1], [5, 0], [40, 60], [3, 5]],  # over window (64) and page edges, uneven
+        [[63, 64], [1, 1], [1, 1], [66, 65], [0, 8], [1, 0]],
     ],
 )
 @torch.inference_mode()
@@ -63,10 +71,10 @@ def test_sliding_layers_keep_only_their_window(model):
     cache = PagedCache(model.config, 1, 400, dtype=torch.float32, device=model.device, chunk=8, page_size=8)
     for start in range(0, 400, 8):
         model.trunk(model.embed(tokens(8)), cache.tokens([start], [8]))
-        held = (cache.groups[24].table[0] >= 0).sum().item()
-        assert held <= (24 - 1 + 8) // 8 + 1
+        held = (cache.groups[64].table[0] >= 0).sum().item()
+        assert held <= (64 - 1 + 8) // 8 + 1
     assert (cache.groups[None].table >= 0).all()
-    assert cache.groups[24].pages * 8 < 60 and cache.groups[None].pages * 8 == 400
+    assert cache.groups[64].pages * 8 < 100 and cache.groups[None].pages * 8 == 400
 
 
 def test_fp8_cache_is_close_and_half_the_size_of_bf16(model):
@@ -89,19 +97,19 @@ def test_greedy_tokens_are_the_full_forwards_argmax(model):
     assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == out
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 24, 2048])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 2048])
 @pytest.mark.parametrize("mtp", [False, True])
 def test_a_batch_of_mixed_lengths_says_what_each_prompt_says_alone(model, chunk, mtp):
-    batch = prompts(50, 1, 3, 25)
-    options = dict(max_new_tokens=20, stop_ids=(), kv_cache="model")
+    batch = prompts(70, 1, 3, 65)
+    options = dict(max_new_tokens=12, stop_ids=(), kv_cache="model")
     together = by_request(generate(model, batch, chunk=chunk, mtp=mtp, **options), 4)
     assert together == [list(model.generate(p, **options)) for p in batch]
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2])
 def test_kept_and_refused_drafts_leave_the_greedy_output(model, monkeypatch, offset):
-    """Drafts that are right, half right or wrong by turns; the bundled model's own are hardly ever right."""
-    prompt, options = prompts(40)[0], dict(max_new_tokens=30, stop_ids=(), kv_cache="model")
+    """Drafts that are right, half right or wrong by turns, which the model's own are not at will."""
+    prompt, options = question("What can you do?"), dict(max_new_tokens=30, stop_ids=(), kv_cache="model")
     greedy = list(model.generate(prompt, **options))
     draft, rounds = generation._draft, []
 
@@ -110,13 +118,23 @@ def test_kept_and_refused_drafts_leave_the_greedy_output(model, monkeypatch, off
         request, right = requests[0], len(rounds) % 4
         rounds.append(right)
         future = greedy[request.new : request.new + 3] + [13] * 3
-        return [[t if i < right else (t + 1 + offset) % 448 for i, t in enumerate(future[: len(own[0])])]]
+        return [[t if i < right else (t + 1 + offset) % VOCAB for i, t in enumerate(future[: len(own[0])])]]
 
     monkeypatch.setattr(generation, "_draft", oracle)
     stats = DraftStats()
     assert list(model.generate(prompt, mtp=True, stats=stats, **options)) == greedy
     assert len(rounds) < 20 and stats.drafted == [len(rounds)] * 3
     assert stats.accepted[0] > stats.accepted[1] > stats.accepted[2] > 0
+
+
+@pytest.mark.parametrize("mtp", [False, True])
+def test_trained_drafts_are_kept_and_save_rounds(model, mtp):
+    stats, prompt = DraftStats(), question("What can you do?")
+    said = list(model.generate(prompt, max_new_tokens=60, mtp=mtp, stats=stats))
+    assert len(said) == 49 and said[-1] in CONFIG.eos_ids
+    if mtp:
+        assert stats.drafted[0] < 49 / 3
+        assert all(kept > 0.7 * rounds for kept, rounds in zip(stats.accepted, stats.drafted, strict=True))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 40])
@@ -130,8 +148,8 @@ def test_drafts_equal_teacher_forced_draft_logits(model, monkeypatch, length):
         return out
 
     monkeypatch.setattr(generation, "_draft", spy)
-    list(model.generate(prompts(length)[0], mtp=True, max_new_tokens=12, stop_ids=(), kv_cache="model", chunk=9))
-    assert len(seen) > 8
+    list(model.generate(tokens(length).tolist(), mtp=True, max_new_tokens=40, stop_ids=(), kv_cache="model", chunk=9))
+    assert len(seen) > 10
     for known, drafts in seen:
         for depth in range(3):
             logits = model.draft_logits(torch.tensor([known + drafts[:depth]]))[depth]
@@ -153,16 +171,17 @@ def naive_mtp(ids, hidden):
         a, b = x[:, :16], x[:, 16:]
         return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
 
-    def layer(x, name):
+    def layer(x, name):  # 12 heads of 32, 6 to a key head, a window of 64
         n, heads = norm(x, f"{name}.input_layernorm.weight"), []
         q, k, v = ((n @ w(f"{name}.self_attn.{p}_proj.weight").T).unflatten(-1, (-1, 32)) for p in "qkv")
         q, k = norm(q, f"{name}.self_attn.q_norm.weight"), norm(k, f"{name}.self_attn.k_norm.weight")
+        q, k = (torch.stack([rotated(t[i], i) for i in range(len(x))]) for t in (q, k))
         for i in range(len(x)):
-            past = range(max(0, i - 23), i + 1)
-            for h in range(6):
-                scores = torch.stack([rotated(q[i], i)[h] @ rotated(k[j], j)[h // 3] for j in past]) / 32**0.5
-                heads.append(scores.softmax(0) @ v[past.start : past.stop, h // 3])
-        out = torch.stack(heads).unflatten(0, (len(x), 6))
+            past = slice(max(0, i - 63), i + 1)
+            for h in range(12):
+                scores = k[past, h // 6] @ q[i, h] / 32**0.5
+                heads.append(scores.softmax(0) @ v[past, h // 6])
+        out = torch.stack(heads).unflatten(0, (len(x), 12))
         out = out * (n @ w(f"{name}.self_attn.g_proj.weight").T).sigmoid()[..., None]
         x = x + out.flatten(1) @ w(f"{name}.self_attn.o_proj.weight").T
         n = norm(x, f"{name}.post_attention_layernorm.weight")
@@ -171,7 +190,7 @@ def naive_mtp(ids, hidden):
 
     embeddings = w("model.embed_tokens.weight")[ids]
     for depth in range(3):
-        name = f"model.layers.{6 + depth}"
+        name = f"model.layers.{CONFIG.num_layers + depth}"
         length = len(ids) - 1 - depth
         joined = torch.cat(
             (norm(embeddings[1 + depth :], f"{name}.enorm.weight"), norm(hidden[:length], f"{name}.hnorm.weight")), -1
@@ -182,7 +201,7 @@ def naive_mtp(ids, hidden):
 
 
 def test_draft_logits_equal_a_step_by_step_computation(model):
-    ids = tokens(40)
+    ids = tokens(80)
     with torch.inference_mode():
         hidden = model._hidden(ids[None], model.embed(ids[None]))[0]
     for got, wanted in zip(model.draft_logits(ids[None]), naive_mtp(ids, hidden), strict=True):
@@ -213,7 +232,7 @@ def test_stop_tokens_end_a_request_and_are_given(model):
     out = list(model.generate(prompt, max_new_tokens=30, stop_ids=(), kv_cache="model"))
     stop = out[7]
     for mtp in (False, True):
-        got = list(model.generate(prompt, max_new_tokens=30, stop_ids=(447, stop), mtp=mtp, kv_cache="model"))
+        got = list(model.generate(prompt, max_new_tokens=30, stop_ids=(VOCAB - 1, stop), mtp=mtp, kv_cache="model"))
         assert got == out[: out.index(stop) + 1]
 
 
@@ -226,7 +245,7 @@ def test_zero_new_tokens_give_none(model):
     [
         ([], {}, "got an empty prompt"),
         ([3] * 4090, {"max_new_tokens": 7}, "make 4097 tokens, wanted at most 4096"),
-        ([448], {}, "got token id 448"),
+        ([2048], {}, "got token id 2048"),
         ([3], {"temperature": -1.0}, "temperature, top_p: got -1.0"),
         ([3], {"top_p": 0.0}, "top_p: got 0.0, 0.0"),
         ([3], {"kv_cache": "int4"}, "kv_cache: got 'int4'"),

@@ -57,7 +57,7 @@ def test_sound_checkpoint_has_no_problem_and_its_table_is_the_converters(convert
     folder, errors = converted
     report = verify(folder, "bundled")
     assert report.problems == []
-    assert report.errors.sums.keys() == errors.sums.keys() and len(errors.sums) == 9
+    assert report.errors.sums.keys() == errors.sums.keys() and len(errors.sums) == 15  # 5 layers, 3 projections
     for key, sums in errors.sums.items():
         assert report.errors.sums[key] == pytest.approx(sums, rel=1e-12)
     assert main([str(folder), "--source", "bundled"]) == 0
@@ -105,11 +105,11 @@ def test_changed_code_shows_in_the_error_table(copy, converted):
 @pytest.mark.parametrize(
     ("name", "edit", "wanted"),
     [
-        (GATE, lambda t: t.update({GATE: t[GATE].to(torch.int32)}), f"{GATE}: is I32 [16, 32, 32], wanted U8"),
+        (GATE, lambda t: t.update({GATE: t[GATE].to(torch.int32)}), f"{GATE}: is I32 [32, 64, 96], wanted U8"),
         (
             f"{GATE}_scale",
             lambda t: t.update({f"{GATE}_scale": t[f"{GATE}_scale"][:, :-1].clone()}),
-            f"{GATE}_scale: is F8_E4M3 [16, 31, 4], wanted F8_E4M3 [16, 32, 4]",
+            f"{GATE}_scale: is F8_E4M3 [32, 63, 12], wanted F8_E4M3 [32, 64, 12]",
         ),
         (
             "model.norm.weight",
@@ -119,7 +119,7 @@ def test_changed_code_shows_in_the_error_table(copy, converted):
         (
             "model.norm.weight",
             lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.uint8)}),
-            "model.norm.weight: is U8 [64], wanted BF16 or F16 or F32",
+            "model.norm.weight: is U8 [192], wanted BF16 or F16 or F32",
         ),
     ],
 )
@@ -139,13 +139,13 @@ def test_missing_tensor_is_reported_even_when_the_index_forgets_it_too(name, cop
 
 
 def test_layer_dropped_as_a_whole_is_seen_against_the_source(copy):
-    names = [n for n in Checkpoint(copy).entries if n.startswith("model.layers.8.")]
+    names = [n for n in Checkpoint(copy).entries if n.startswith("model.layers.10.")]
     for name in names:
         edit_shard(copy, name, lambda t, name=name: t.pop(name))
         edit_json(copy / INDEX, lambda d, name=name: d["weight_map"].pop(name))
     edit_json(copy / INDEX, lambda d: d["metadata"].update(total_size=total_bytes(copy)))
     assert verify(copy).problems == []
-    assert "model.layers.8.eh_proj.weight: is missing" in verify(copy, "bundled").problems
+    assert "model.layers.10.eh_proj.weight: is missing" in verify(copy, "bundled").problems
 
 
 def total_bytes(folder) -> int:
@@ -199,7 +199,7 @@ def test_unfinished_or_unreadable_folder_is_one_line_and_exit_1(copy, tmp_path, 
         assert text.count("\n") == 1 and "Traceback" not in text
         return text
 
-    part = copy / "model-00002-of-00002.safetensors.part"
+    part = copy / "model-00002-of-00004.safetensors.part"
     part.write_bytes(b"")
     assert f"{part.name}: a file half written" in line(copy)
     part.unlink()
@@ -216,11 +216,11 @@ def test_source_of_another_shape_or_type_is_reported(copy, tmp_path):
     source = tmp_path / "source"
     run("bundled", source)  # itself NVFP4: its expert codes are no weights to compare with
     problems = verify(copy, source).problems
-    assert f"{GATE}: is not in {source} as [16, 32, 64]" in problems and len(problems) == 9
+    assert f"{GATE}: is not in {source} as [32, 64, 192]" in problems and len(problems) == 15
 
 
 def test_many_problems_are_cut_to_twenty_lines_and_a_count(copy, capsys):
-    overwrite(copy, f"{GATE}_scale_2", 0, bytes(64))  # 16 experts of scale 0; and 16 that differ from up's
+    overwrite(copy, f"{GATE}_scale_2", 0, bytes(128))  # 32 experts of scale 0; and 32 that differ from up's
     assert main([str(copy)]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 21 and lines[-1] == "error: and 12 more"
+    assert len(lines) == 21 and lines[-1] == "error: and 44 more"

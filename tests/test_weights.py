@@ -9,13 +9,15 @@ from safetensors.torch import load_file, save_file
 
 from step_kernels import nvfp4
 from step_kernels.generate import BUNDLED
-from step_kernels.model import CheckpointError, Step3p7
+from step_kernels.model import CheckpointError, Step3p7, StepConfig
 from step_kernels.model.checkpoint import Checkpoint
 from step_kernels.model.weights import FP8Experts, Weights
 from step_kernels.nvfp4 import NVFP4Experts, NVFP4Weight
 from step_kernels.testing import relative_error
 
-EXPERTS = tuple(f"model.layers.{n}.moe.{p}_proj.weight" for n in (3, 4, 5) for p in ("gate", "up", "down"))
+CONFIG = StepConfig.read(BUNDLED)
+MOE = [n for n, layer in enumerate(CONFIG.layers) if layer.moe]
+EXPERTS = tuple(f"model.layers.{n}.moe.{p}_proj.weight" for n in MOE for p in ("gate", "up", "down"))
 
 
 def bundled():
@@ -38,7 +40,7 @@ def load(folder):
 
 
 def logits(model):
-    return model(torch.randint(13, 448, (1, 60), generator=torch.Generator().manual_seed(0)))
+    return model(torch.randint(13, CONFIG.vocab_size, (1, 60), generator=torch.Generator().manual_seed(0)))
 
 
 def quantized(tensors, names):
@@ -68,7 +70,7 @@ def released(name):
 
 
 def released_with_bare_mtp(name):
-    return name if name.startswith(tuple(f"model.layers.{i}." for i in (6, 7, 8))) else released(name)
+    return name if name.startswith(tuple(f"model.layers.{i}." for i in (8, 9, 10))) else released(name)
 
 
 def language_model(name):
@@ -85,9 +87,9 @@ def test_name_schemes_load_the_same_model(tmp_path, wanted, rename):
 def test_nvfp4_experts_compute_what_their_decoded_weights_compute(tmp_path):
     packed, decoded = quantized(bundled(), EXPERTS)
     model = load(write(tmp_path / "packed", packed))
-    assert all(isinstance(model.layers[n].ffn.experts, NVFP4Experts) for n in (3, 4, 5))
+    assert all(isinstance(model.layers[n].ffn.experts, NVFP4Experts) for n in MOE)
     outer = model.layers[3].ffn.experts.gate_up.global_scale
-    assert outer.shape == (16, 2) and not torch.equal(outer[:, 0], outer[:, 1])
+    assert outer.shape == (32, 2) and not torch.equal(outer[:, 0], outer[:, 1])
     assert relative_error(logits(model), logits(load(write(tmp_path / "decoded", decoded)))) < 1e-6
 
 
@@ -106,12 +108,14 @@ def test_fp8_block_scaled_experts_compute_what_their_decoded_weights_compute(tmp
     fp8, decoded = dict(tensors), dict(tensors)
     for name in EXPERTS:
         w = tensors[name].float()
-        scale = w.abs().amax((-2, -1), keepdim=True) / 448  # 32 x 64 is less than one 128 x 128 block
-        fp8[name] = (w / scale).to(torch.float8_e4m3fn)
+        long = -1 if "down" not in name else -2  # 192: a block of 128 and one of 64; the other side's 64 are one
+        scale = torch.cat([block.abs().amax((-2, -1), keepdim=True) for block in w.split(128, long)], long) / 448
+        spread = scale.repeat_interleave(128, long).narrow(long, 0, CONFIG.hidden_size)
+        fp8[name] = (w / spread).to(torch.float8_e4m3fn)
         fp8[f"{name}_scale_inv"] = scale
-        decoded[name] = fp8[name].float() * scale
+        decoded[name] = fp8[name].float() * spread
     model = load(write(tmp_path / "fp8", fp8))
-    assert isinstance(model.layers[4].ffn.experts, FP8Experts)
+    assert all(isinstance(model.layers[n].ffn.experts, FP8Experts) for n in MOE)
     assert relative_error(logits(model), logits(load(write(tmp_path / "decoded", decoded)))) < 1e-6
     assert 1e-4 < relative_error(logits(model), wanted) < 0.3
 
@@ -144,7 +148,7 @@ def test_expert_stacks_are_read_an_expert_at_a_time(monkeypatch):
 
     monkeypatch.setattr(Checkpoint, "read", spy)
     load(BUNDLED)
-    assert sizes == [32 * 64] * (3 * 3 * 16)
+    assert sizes == [64 * 192] * (5 * 3 * 32)  # layers, projections, experts
 
 
 def change(name, make):
@@ -160,11 +164,11 @@ KV = "model.layers.0.self_attn.k_proj.k_scale"
     [
         (lambda t: t.pop("model.norm.weight"), "tensor model.norm.weight is missing"),
         (lambda t: t.pop(OUTER), f"tensor {OUTER} is missing"),
-        (change("model.norm.weight", lambda t: t[:-1].clone()), "model.norm.weight: got bfloat16 [63], wanted"),
-        (change("lm_head.weight", lambda t: t.int()), "lm_head.weight: got int32 [448, 64], wanted bfloat16"),
-        (change(EXPERTS[0], lambda t: t[:, :, :-1].clone()), "gate_proj.weight: got uint8 [16, 32, 31], wanted uint8"),
+        (change("model.norm.weight", lambda t: t[:-1].clone()), "model.norm.weight: got bfloat16 [191], wanted"),
+        (change("lm_head.weight", lambda t: t.int()), "lm_head.weight: got int32 [2048, 192], wanted bfloat16"),
+        (change(EXPERTS[0], lambda t: t[:, :, :-1].clone()), "gate_proj.weight: got uint8 [32, 64, 95], wanted uint8"),
         (change(OUTER, torch.zeros_like), "holds a zero, negative or NaN scale"),
-        (change(OUTER, lambda t: t[:1]), "got [1], wanted [16]"),
+        (change(OUTER, lambda t: t[:1]), "got [1], wanted [32]"),
         (lambda t: t.update({KV: torch.tensor(-1.0)}), "wanted one positive scale"),
     ],
 )
@@ -191,4 +195,4 @@ def test_python_in_a_checkpoint_is_not_run(tmp_path):
 
 def test_weights_land_on_the_device_asked_for():
     weights = Weights(Checkpoint(BUNDLED), torch.device("meta"), torch.bfloat16)
-    assert weights.tensor("model.norm.weight", (64,)).device.type == "meta"
+    assert weights.tensor("model.norm.weight", (CONFIG.hidden_size,)).device.type == "meta"
