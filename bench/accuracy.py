@@ -1,0 +1,222 @@
+"""Quality on held-out data: what NVFP4 weights and an FP8 KV cache cost in text, digit reading and kept drafts.
+
+python -m bench.accuracy --json accuracy.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import quantize
+from quantize.plan import BUNDLED, RECIPES, resolve_source
+from step_kernels.cli import Parser, close_quietly
+from step_kernels.model import CheckpointError, Step3p7
+from step_kernels.model.chat import Chat
+from step_kernels.model.checkpoint import read_json
+from step_kernels.nvfp4 import SEARCHES
+
+from . import corpus
+from .accuracy_report import LEVELS, SOURCE, plot, report
+from .quality import Text, compare, count_drafts, read_digits, read_text
+from .run import RESULTS, machine
+
+LENGTH = 512  # tokens of a document, the first one included
+STRIP = 4  # digits of a picture with crops
+DRAWS = 2000  # of the bootstrap
+
+
+def heldout(documents: int | None) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Texts, digits u8 [n, 8, 8] and labels u8 [n]: all, or the first documents and as large a share of the digits."""
+    try:
+        texts, (images, labels) = [line["text"] for line in corpus.heldout_text()], corpus.heldout_digits()
+    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as e:
+        raise CheckpointError(f"{corpus.HELDOUT}: holds no usable held-out data: {e}") from None
+    pictures = -(-len(labels) * (documents or len(texts)) // len(texts))
+    return texts[:documents], images[:pictures], labels[:pictures]
+
+
+def variants() -> dict[str, quantize.Settings]:
+    """What is measured beside the source: each search for the experts, then each other recipe with `mse`."""
+    searches = sorted(SEARCHES, key=lambda search: search != "max")
+    found = {f"NVFP4 experts, {search}": quantize.Settings(search=search) for search in searches}
+    return found | {f"NVFP4 {r}, mse": quantize.Settings(recipe=r, search="mse") for r in RECIPES if r != "experts"}
+
+
+def resampled(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """sum(sums) / sum(counts) in each bootstrap draw of the units; equal numbers of units have equal draws."""
+    picks = np.random.default_rng(0).integers(0, len(counts), (DRAWS, len(counts)))
+    return sums[picks].sum(1) / counts[picks].sum(1)
+
+
+def figure(value: float, draws: np.ndarray) -> dict:
+    """A value and the middle 95 % of its draws."""
+    return {"value": _short(value), "interval": [_short(x) for x in np.quantile(draws, (0.025, 0.975))]}
+
+
+def ratio(sums: np.ndarray, counts: np.ndarray | None = None) -> dict:
+    """A ratio of sums over units (without counts: a mean) and its interval."""
+    counts = np.ones(len(sums)) if counts is None else counts
+    return figure(sums.sum() / counts.sum(), resampled(sums, counts))
+
+
+def against(text: Text, other: Text) -> dict:
+    """Mean KL of one variant over another's; each draw takes the same documents for both."""
+    (value, draws), (other_value, other_draws) = (
+        (t.kl_sums.sum() / t.counts.sum(), resampled(t.kl_sums, t.counts)) for t in (text, other)
+    )
+    return {
+        "ratio": figure(value / other_value, draws / other_draws),
+        "difference": figure(value - other_value, draws - other_draws),
+    }
+
+
+def text_figures(text: Text) -> dict:
+    tokens, surprise = np.concatenate(text.kl), ratio(text.surprise, text.counts)
+    return {
+        "perplexity": {
+            "value": _short(np.exp(surprise["value"])),
+            "interval": [_short(np.exp(x)) for x in surprise["interval"]],
+        },
+        "kl": {
+            **ratio(text.kl_sums, text.counts),
+            "median": _short(np.median(tokens)),
+            "99 %": _short(np.quantile(tokens, 0.99)),
+            "max": _short(tokens.max()),
+            "quantiles": [_short(x) for x in np.quantile(tokens, LEVELS)],
+        },
+        "agreement": ratio(text.hits, text.counts),
+    }
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.6g}")
+
+
+def task_figures(model: Step3p7, kv_cache: str, chat: Chat, tokens: list[list[int]], images, labels) -> dict:
+    """Pictures read and drafts kept by depth; None and no depths where the checkpoint has no vision or MTP layers."""
+    figures = {}
+    for name, each in (("digits", 1), ("strips", STRIP)):
+        able = model.vision is not None and len(labels) >= each
+        figures[name] = ratio(read_digits(model, kv_cache, chat, images, labels, each)) if able else None
+    offered, kept = count_drafts(model, kv_cache, tokens) if model.mtp else (np.empty((0, 0)),) * 2
+    return figures | {"drafts": [ratio(k, o) for k, o in zip(kept.T, offered.T)]}
+
+
+def measure(source: Path, device: torch.device, documents: int | None) -> dict:
+    """Every variant through either cache, as `--json` writes it."""
+    texts, images, labels = heldout(documents)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    reference = Step3p7.from_pretrained(source, device, dtype)
+    config, chat = reference.config, Chat(source, reference.config)
+    chat.tokenizer.encode_special_tokens = True  # as text: documents may speak of them
+    encoded = (chat.tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+    tokens = [[config.bos_id, *ids][: min(LENGTH, config.max_positions)] for ids in encoded]
+    baseline = read_json(source / "training.json").get("baseline") if (source / "training.json").exists() else None
+    rows, found, settings = [], {}, variants()
+    bar = tqdm(total=5 * len(settings) + 5, desc="measuring", disable=None, leave=False)
+    with tempfile.TemporaryDirectory() as folder, bar:
+        folders = {name: Path(folder) / str(i) for i, name in enumerate(settings)}
+        for name, path in folders.items():
+            quantize.run(source, path, settings[name], verify=False)
+            bar.update()
+        hidden = read_text(reference, "model", tokens)
+        bar.update()
+        for name in (SOURCE, *folders):
+            model = Step3p7.from_pretrained(folders[name], device, dtype) if name in folders else reference
+            for kv_cache in ("model", "fp8"):
+                bar.set_postfix_str(f"{name}, {kv_cache}")
+                text = compare(tokens, (reference, hidden), (model, read_text(model, kv_cache, tokens)))
+                bar.update()
+                tasks = task_figures(model, kv_cache, chat, tokens, images, labels)
+                bar.update()
+                rows.append({"weights": name, "kv_cache": kv_cache, **text_figures(text), **tasks})
+                found[name, kv_cache] = text
+    plain, *others = settings
+    pairs = [(name, plain if settings[name].recipe == "experts" else "NVFP4 experts, mse") for name in others]
+    return {
+        **machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "dtype": str(dtype).removeprefix("torch."),
+        "documents": len(tokens),
+        "tokens": sum(len(ids) - 1 for ids in tokens),
+        "digits": len(labels),
+        "strip": STRIP,
+        "rows": rows,
+        "comparisons": [
+            {"weights": a, "against": b, **against(found[a, "model"], found[b, "model"])} for a, b in pairs
+        ],
+        "baseline": baseline,
+    }
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m bench.accuracy",
+        description=__doc__.splitlines()[0],
+        epilog="example: python -m bench.accuracy --json accuracy.json --plot accuracy.svg",
+    )
+    parser.add_argument("checkpoint", nargs="?", type=Path, default=Path(BUNDLED), metavar="CHECKPOINT",
+                        help="a folder in BF16 with a tokenizer.json (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="f32 compute on cpu, bfloat16 on a GPU (default here: %(default)s)")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, as .svg or .png; needs matplotlib")
+    parser.add_argument("--save", action="store_true", help="write bench/results/accuracy.json and accuracy.svg")
+    parser.add_argument("--documents", type=int, metavar="N",
+                        help="only the first N documents and as large a share of the digits")  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        options.device = torch.device(options.device)
+    except RuntimeError:
+        parser.error(f"--device: got {options.device}, wanted cpu, cuda or cuda:N")
+    if options.documents is not None and options.documents < 1:
+        parser.error(f"--documents: got {options.documents}, wanted at least 1")
+    for flag, file in (("--json", options.json), ("--plot", options.plot)):
+        if file and not file.absolute().parent.is_dir():
+            parser.error(f"{flag}: {file.parent} is not a folder")
+    if options.plot and options.plot.suffix not in (".svg", ".png"):
+        parser.error(f"--plot: got {options.plot}, wanted a name that ends in .svg or .png")
+    return options
+
+
+def _require_matplotlib() -> None:
+    """Asked before minutes of work."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot, --save: matplotlib is not installed, wanted it for the plot")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    saved = [RESULTS / "accuracy.json", RESULTS / "accuracy.svg"] if options.save else [None, None]
+    try:
+        if options.plot or options.save:
+            _require_matplotlib()
+        result = measure(resolve_source(options.checkpoint), options.device, options.documents)
+        print(report(result), flush=True)
+        for file in filter(None, (options.json, saved[0])):
+            file.write_text(json.dumps(result, indent=1) + "\n")
+        for file in filter(None, (options.plot, saved[1])):
+            plot(result, file)
+    except BrokenPipeError:
+        close_quietly()
+        return 1
+    except (CheckpointError, ImportError, OSError, RuntimeError, ValueError, quantize.UsageError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
