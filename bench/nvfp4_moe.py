@@ -1,4 +1,4 @@
-"""The routed experts of Step-3.7-Flash: 288 of 4096 x 1280, each token to 8 at random."""
+"""The routed experts of Step-3.7-Flash: 288 of 4096 x 1280, each token to 8, uniformly or by Zipf's law."""
 
 from __future__ import annotations
 
@@ -8,30 +8,36 @@ import torch
 
 import step_kernels as sk
 from step_kernels.model.weights import DenseExperts, RandomWeights
+from step_kernels.ops import nvfp4_prepare, prepares
 from step_kernels.ops.nvfp4_moe import _nvfp4_moe
 from step_kernels.testing import relative_error
 
 EXPERTS, HIDDEN, INNER, TOP_K, LIMIT = 288, 4096, 1280, 8, 7.0
-CASES = {f"{tokens} tokens": tokens for tokens in (1, 4, 16, 64, 256, 1024, 4096)}
+UNIFORM = {f"{tokens} tokens": (tokens, False) for tokens in (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096, 8192)}
+CASES = UNIFORM | {f"{tokens} tokens zipf": (tokens, True) for tokens in (4, 16, 64, 256, 1024, 8192)}
 
 
-def _ids(tokens: int) -> torch.Tensor:
-    """i32 [tokens, 8], a token's distinct, the same in every call."""
-    scores = torch.rand(tokens, EXPERTS, generator=torch.Generator().manual_seed(tokens))
-    return scores.topk(TOP_K).indices.int()
+def _ids(tokens: int, zipf: bool) -> torch.Tensor:
+    """i32 [tokens, 8], a token's distinct, the same in every call; by Zipf expert e is drawn in proportion to 1 / e."""
+    noise = torch.rand(tokens, EXPERTS, generator=torch.Generator().manual_seed(tokens))
+    odds = 1 / torch.arange(1.0, EXPERTS + 1) if zipf else torch.ones(EXPERTS)
+    return (odds.log() - noise.log().neg().log()).topk(TOP_K).indices.int()  # Gumbel's trick
 
 
-def inputs(tokens: int) -> tuple:
-    """The op's arguments, random codes."""
+def inputs(case: tuple[int, bool]) -> tuple:
+    """The op's arguments, random codes; in the prepared layout where this GPU has one."""
+    tokens, zipf = case
     experts = RandomWeights(torch.device("cuda"), torch.bfloat16).experts("", EXPERTS, INNER, HIDDEN)
+    if prepares(experts.down.codes.device):
+        experts = nvfp4_prepare(experts)
     tensors = (getattr(w, f) for w in (experts.gate_up, experts.down) for f in ("codes", "scales", "global_scale"))
     x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    return x, torch.rand(tokens, TOP_K, device="cuda"), _ids(tokens).cuda(), *tensors, LIMIT
+    return x, torch.rand(tokens, TOP_K, device="cuda"), _ids(tokens, zipf).cuda(), *tensors, LIMIT
 
 
-def work(tokens: int) -> tuple[int, int]:
+def work(case: tuple[int, bool]) -> tuple[int, int]:
     """Bytes that must move and matrix FLOP: the experts that some token chose, 9 bits in 16; x and the output."""
-    touched = len(_ids(tokens).unique())
+    tokens, touched = case[0], len(_ids(*case).unique())
     return touched * 3 * HIDDEN * INNER * 9 // 16 + 4 * tokens * HIDDEN, 6 * tokens * TOP_K * HIDDEN * INNER
 
 
@@ -56,6 +62,9 @@ def contenders() -> dict:
     return {"ours": _nvfp4_moe, "torch grouped bf16": _grouped}
 
 
-def error(x, *rest) -> float:
-    """Relative error against float64."""
-    return relative_error(_nvfp4_moe(x, *rest), _nvfp4_moe.reference(x.double(), *rest))
+def error(x, weights, ids, *experts) -> float:
+    """Relative error against float64, of the first tokens."""
+    x, weights, ids = x[:256], weights[:256], ids[:256]
+    return relative_error(
+        _nvfp4_moe(x, weights, ids, *experts), _nvfp4_moe.reference(x.double(), weights, ids, *experts)
+    )

@@ -8,11 +8,14 @@ from .ops import (
     nvfp4_dequantize,
     nvfp4_linear,
     nvfp4_moe,
+    nvfp4_prepare,
     nvfp4_quantize,
+    nvfp4_restore,
     paged_attention,
     rms_norm,
     swiglu,
 )
+from .prepared import PreparedWeight
 from .registry import explain, force
 
 __version__ = "0.1.0"
@@ -20,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NVFP4Experts",
     "NVFP4Weight",
+    "PreparedWeight",
     "add_rms_norm",
     "explain",
     "force",
@@ -28,7 +32,9 @@ __all__ = [
     "nvfp4_dequantize",
     "nvfp4_linear",
     "nvfp4_moe",
+    "nvfp4_prepare",
     "nvfp4_quantize",
+    "nvfp4_restore",
     "paged_attention",
     "rms_norm",
     "swiglu",

@@ -210,7 +210,8 @@ def _flatten(args: tuple) -> Iterator:
     """NVFP4Weight and the like in place of their fields, as the registered ops take them."""
     for a in args:
         if dataclasses.is_dataclass(a):
-            yield from _flatten(tuple(getattr(a, f.name) for f in dataclasses.fields(a)))
+            fields = (f.name for f in dataclasses.fields(a) if f.metadata.get("argument", True))
+            yield from _flatten(tuple(getattr(a, name) for name in fields))
         else:
             yield a
 

@@ -33,11 +33,13 @@ class Kernel:
     """One `extern "C"` kernel of csrc/<source>.cu; loads on each GPU at its first launch there.
 
     `parameters` are the kernel's, as codes of the struct module: P pointer, i int, q long long, f float.
-    `shared_bytes` is the dynamic shared memory of every launch.
+    `shared_bytes` is the dynamic shared memory of every launch. A `dependent` kernel may start before the kernel
+    ahead of it in the stream has ended, and must wait for that one (griddepcontrol.wait) before it uses its results.
     """
 
-    def __init__(self, source: str, symbol: str, parameters: str, shared_bytes: int = 0):
+    def __init__(self, source: str, symbol: str, parameters: str, shared_bytes: int = 0, dependent: bool = False):
         self.source, self.symbol, self.shared_bytes = CSRC / f"{source}.cu", symbol, shared_bytes
+        self.dependent, self._config = dependent, None
         self._functions = {}  # by device index
         self._lock = threading.Lock()
         self._layout = struct.Struct(parameters)
@@ -56,19 +58,26 @@ class Kernel:
         function = self._functions.get(device) or self._load(device)
         values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
         stream = torch.cuda.current_stream().cuda_stream
-        shape = (*grid, block, 1, 1, self.shared_bytes, stream, self._parameters, 0)
-        cuda = _cuda()
         with self._lock:  # between filling the buffer and the driver's copy of it
             self._layout.pack_into(self._buffer, 0, *values)
-            (error,) = cuda.cuLaunchKernel(function, *shape)
-            if error == cuda.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # this thread's first CUDA call
+            error = self._queue(function, grid, block, stream)
+            if error == _cuda().CUresult.CUDA_ERROR_INVALID_CONTEXT:  # this thread's first CUDA call
                 _make_context_current(device)
-                (error,) = cuda.cuLaunchKernel(function, *shape)
+                error = self._queue(function, grid, block, stream)
         if error:
             raise RuntimeError(
                 f"{self.symbol}: launch failed with {error.name} "
                 f"(grid {grid}, block {block}, dynamic shared memory {self.shared_bytes} bytes)"
             )
+
+    def _queue(self, function, grid: tuple[int, int, int], block: int, stream: int):
+        if not self.dependent:
+            shape = (*grid, block, 1, 1, self.shared_bytes, stream, self._parameters, 0)
+            return _cuda().cuLaunchKernel(function, *shape)[0]
+        config = self._config = self._config or _dependent_launch()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.sharedMemBytes, config.hStream = block, self.shared_bytes, stream
+        return _cuda().cuLaunchKernelEx(config, function, self._parameters, 0)[0]
 
     def _load(self, device: int):
         with _loading:
@@ -148,6 +157,17 @@ def _include_folders() -> list[Path]:
 def _load_module(source: Path, target: str, device: int):
     _make_context_current(device)
     return _checked(_cuda().cuModuleLoadData(cubin(source, target)), f"{source.name}: loading for sm_{target}")
+
+
+def _dependent_launch():
+    """A launch configuration with programmatic stream serialization."""
+    cuda = _cuda()
+    attribute, config = cuda.CUlaunchAttribute(), cuda.CUlaunchConfig()
+    attribute.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config.blockDimY = config.blockDimZ = config.numAttrs = 1
+    config.attrs = [attribute]
+    return config
 
 
 def _make_context_current(device: int) -> None:

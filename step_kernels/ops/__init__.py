@@ -4,6 +4,7 @@ from .kv_append import kv_append
 from .moe_topk import moe_topk
 from .nvfp4_linear import nvfp4_linear
 from .nvfp4_moe import nvfp4_moe
+from .nvfp4_prepare import nvfp4_prepare, nvfp4_restore, prepares
 from .nvfp4_quantize import nvfp4_dequantize, nvfp4_quantize
 from .paged_attention import paged_attention
 from .rms_norm import add_rms_norm, rms_norm
@@ -16,8 +17,11 @@ __all__ = [
     "nvfp4_dequantize",
     "nvfp4_linear",
     "nvfp4_moe",
+    "nvfp4_prepare",
     "nvfp4_quantize",
+    "nvfp4_restore",
     "paged_attention",
+    "prepares",
     "rms_norm",
     "swiglu",
 ]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import prepared
 from ..nvfp4 import BLOCK, NVFP4Experts, NVFP4Weight
+from ..prepared import TILE
 from ..registry import Kernel, define, expect, lazy
+from .nvfp4_linear import in_checkpoint_layout, is_prepared
 from .swiglu import FLOATS, swiglu
 
 
@@ -18,16 +21,26 @@ def _check(
     tokens, hidden = x.shape
     expect("weights", weights, (tokens, None), torch.float32)
     expect("ids", ids, tuple(weights.shape), torch.int32)
-    expect("experts.gate_up.codes", gate_up_codes, (None, None, hidden // 2), torch.uint8)
-    count, double = gate_up_codes.shape[:2]
-    if double % 2 or hidden % BLOCK or double // 2 % BLOCK:
-        raise ValueError(f"experts.gate_up: got shape {[count, double, hidden]}, wanted [experts, 2 * inner, hidden], "
-                         f"inner and hidden multiples of {BLOCK}")  # fmt: skip
-    expect("experts.gate_up.scales", gate_up_scales, (count, double, hidden // BLOCK), torch.float8_e4m3fn)
+    if is_prepared(gate_up_scales):
+        across = -(-hidden // TILE)
+        expect("experts.gate_up.codes", gate_up_codes, (None, None, across, 2048), torch.uint8)
+        expect("experts.gate_up.scales", gate_up_scales, (*gate_up_codes.shape[:3], 256), torch.uint8)
+        count, pairs = gate_up_codes.shape[:2]
+        expect("experts.down.codes", down_codes, (count, across, -(-pairs // 2), 2048), torch.uint8)
+        expect("experts.down.scales", down_scales, (*down_codes.shape[:3], 256), torch.uint8)
+    else:
+        expect("experts.gate_up.codes", gate_up_codes, (None, None, hidden // 2), torch.uint8)
+        count, double = gate_up_codes.shape[:2]
+        if double % 2 or double // 2 % BLOCK:
+            raise ValueError(f"experts.gate_up: got shape {[count, double, hidden]}, wanted [experts, 2 * inner, "
+                             f"hidden], inner and hidden multiples of {BLOCK}")  # fmt: skip
+        expect("experts.gate_up.scales", gate_up_scales, (count, double, hidden // BLOCK), torch.float8_e4m3fn)
+        expect("experts.down.codes", down_codes, (count, hidden, double // 4), torch.uint8)
+        expect("experts.down.scales", down_scales, (count, hidden, double // 2 // BLOCK), torch.float8_e4m3fn)
+    if hidden % BLOCK:
+        raise ValueError(f"x: got hidden size {hidden}, wanted a multiple of {BLOCK}")
     parts = () if gate_up_global_scale.dim() < 2 else (2,)
     expect("experts.gate_up.global_scale", gate_up_global_scale, (count, *parts), torch.float32)
-    expect("experts.down.codes", down_codes, (count, hidden, double // 4), torch.uint8)
-    expect("experts.down.scales", down_scales, (count, hidden, double // 2 // BLOCK), torch.float8_e4m3fn)
     expect("experts.down.global_scale", down_global_scale, (count,), torch.float32)
     if limit is not None and not limit > 0:
         raise ValueError(f"limit: got {limit}, wanted a positive number, or None for no clamp")
@@ -43,10 +56,15 @@ def _triton_refuses(x, *args):
 
 
 _TRTLLM, _CUTLASS = "flashinfer.nvfp4_moe_trtllm", "flashinfer.nvfp4_moe"
-_KERNELS = (
+_CHECKPOINT_LAYOUT = (
     Kernel("flashinfer-trtllm", lazy(f"{_TRTLLM}.launch"), (100, 103), "flashinfer", lazy(f"{_TRTLLM}.refuse")),
     Kernel("flashinfer-cutlass", lazy(f"{_CUTLASS}.launch"), (100, 121), "flashinfer", lazy(f"{_CUTLASS}.refuse")),
     Kernel("triton", lazy("triton.nvfp4_moe.launch"), package="triton", refuse=_triton_refuses),
+)
+_CUDA = "cuda.nvfp4_moe"
+_KERNELS = (
+    Kernel("cuda", lazy(f"{_CUDA}.launch"), (90, 90), "cuda.bindings", lazy(f"{_CUDA}.refuse")),
+    *(in_checkpoint_layout(kernel, 4, 10) for kernel in _CHECKPOINT_LAYOUT),
 )
 
 
@@ -63,6 +81,10 @@ def _nvfp4_moe(
     down_global_scale: Tensor,
     limit: float | None = None,
 ) -> Tensor:
+    if is_prepared(gate_up_scales):  # inner counts what fills its last tile: rows and columns of zeros
+        hidden, inner = x.shape[1], TILE // 2 * gate_up_codes.shape[1]
+        gate_up_codes, gate_up_scales = prepared.unpack(gate_up_codes, gate_up_scales, 2 * inner, hidden, True)
+        down_codes, down_scales = prepared.unpack(down_codes, down_scales, hidden, inner, False)
     gate_up = NVFP4Weight(gate_up_codes, gate_up_scales, gate_up_global_scale)
     down = NVFP4Weight(down_codes, down_scales, down_global_scale)
     compute = torch.promote_types(x.dtype, torch.float32)
