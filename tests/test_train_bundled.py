@@ -1,13 +1,18 @@
 """The training twin computes what the model computes, its gradients are right, and its batches hold what they say."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
-from bench import bundled
-from bench.batches import LENGTH, Dialogue, Rows
+from bench import bundled, card, corpus, digits
+from bench.batches import LENGTH, Dialogue, Rows, answer_ids, draw
 from bench.trainable import Parameters, Trainable, _Collect, _Spread
+from step_kernels.model.chat import Chat
 from step_kernels.model.config import StepConfig
+from step_kernels.model.image import crop_plan
 from step_kernels.model.step import Step3p7
 from step_kernels.testing import relative_error
 
@@ -126,3 +131,47 @@ def test_rows_hold_text_from_the_stream_and_whole_dialogues(trainable):
     expected = [*range(180, 188), *range(9)] if first[19] == 2000 else [*range(9)]  # behind 9 features of 20 views
     assert batch.places[0, 2 : 2 + len(expected)].tolist() == expected
     assert batch.views[0] == (0 if first[19] == 2000 else 1)
+
+
+def test_strips_are_cut_into_crops_and_single_digits_are_not():
+    images, labels = corpus.heldout_digits()
+    config = StepConfig.from_dict(bundled.config()).vision
+    plans = [crop_plan(*digits.picture(images[:n]).size, config) for n in (1, 2, 3, 4)]
+    assert [(plan.columns, plan.rows) for plan in plans] == [(0, 0), (2, 1), (3, 1), (2, 1)]
+    assert digits.answer([7]) == "It is a 7." and digits.answer(labels[[4, 0, 7, 2]]) == "The digits are 6 2 9 4."
+
+
+def test_shaken_digits_keep_their_ink_and_are_the_same_for_a_seed():
+    images, _ = corpus.heldout_digits()
+    plain = np.asarray(digits.picture(images[:1])).astype(float)
+    shaken = [np.asarray(digits.picture(images[:1], np.random.default_rng(seed))) for seed in (1, 1, 2)]
+    assert np.array_equal(shaken[0], shaken[1]) and not np.array_equal(shaken[0], shaken[2])
+    for picture in shaken:  # ink against paper, whatever their colours
+        grey = picture.astype(float).mean(-1)
+        share = abs(grey - np.median(grey)) / abs(grey - np.median(grey)).max()
+        assert 0.6 < share.sum() / (plain.mean(-1) / 255).sum() < 1.5
+
+
+def test_a_dialogue_is_a_prompt_and_then_the_answer_to_its_picture(tmp_path):
+    images, labels = corpus.heldout_digits()
+    np.savez(tmp_path / "digits.npz", images=images, labels=labels)
+    chat = Chat(bundled.BUNDLED, StepConfig.from_dict(bundled.config()))
+    for i, dialogue in enumerate(draw(bundled.BUNDLED, tmp_path, 6, 4), 6):
+        rng = np.random.default_rng(i)
+        chosen = rng.integers(len(images), size=1 if i % 3 == 0 else rng.integers(2, 5))
+        assert dialogue.ids[dialogue.answer :] == answer_ids(chat, digits.answer(labels[chosen]))
+        patches = chat.config.vision.image_tokens + chat.config.vision.crop_tokens * len(dialogue.crops)
+        assert dialogue.ids.count(chat.config.image_token_id) == patches and dialogue.ids[0] == chat.config.bos_id
+        assert chat.tokenizer.decode(dialogue.ids[dialogue.answer :]).strip() == digits.answer(labels[chosen])
+
+
+def test_card_is_the_one_that_training_wrote(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "bundled"
+    shutil.copytree(bundled.BUNDLED, folder)
+    card.write_card(folder, json.loads((folder / "training.json").read_text()))
+    assert (folder / "README.md").read_text() == (bundled.BUNDLED / "README.md").read_text()
+
+
+def test_bundled_files_are_small_enough_to_keep_in_the_repository():
+    assert sum(f.stat().st_size for f in bundled.BUNDLED.iterdir()) < 24e6
