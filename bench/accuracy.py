@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -28,7 +29,7 @@ from step_kernels.nvfp4 import SEARCHES
 from . import corpus
 from .accuracy_report import LEVELS, SOURCE, plot, report
 from .quality import Text, compare, count_drafts, read_digits, read_text
-from .run import RESULTS, machine
+from .run import machine
 
 LENGTH = 512  # tokens of a document, the first one included
 STRIP = 4  # digits of a picture with crops
@@ -121,18 +122,23 @@ def measure(source: Path, device: torch.device, documents: int | None) -> dict:
     chat.tokenizer.encode_special_tokens = True  # as text: documents may speak of them
     encoded = (chat.tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
     tokens = [[config.bos_id, *ids][: min(LENGTH, config.max_positions)] for ids in encoded]
-    baseline = read_json(source / "training.json").get("baseline") if (source / "training.json").exists() else None
+    record = source / "training.json"  # its baseline was measured on all documents
+    baseline = read_json(record).get("baseline") if documents is None and record.exists() else None
+    if baseline and not (isinstance(baseline, dict) and baseline.keys() >= {"name", "perplexity"}):
+        raise CheckpointError(f"{record}: baseline: got {baseline!r}, wanted a name and a perplexity")
     rows, found, settings = [], {}, variants()
     bar = tqdm(total=5 * len(settings) + 5, desc="measuring", disable=None, leave=False)
     with tempfile.TemporaryDirectory() as folder, bar:
-        folders = {name: Path(folder) / str(i) for i, name in enumerate(settings)}
-        for name, path in folders.items():
-            quantize.run(source, path, settings[name], verify=False)
-            bar.update()
         hidden = read_text(reference, "model", tokens)
         bar.update()
-        for name in (SOURCE, *folders):
-            model = Step3p7.from_pretrained(folders[name], device, dtype) if name in folders else reference
+        for i, name in enumerate((SOURCE, *settings)):
+            model = reference
+            if name in settings:
+                path = Path(folder) / str(i)
+                quantize.run(source, path, settings[name], verify=False)
+                bar.update()
+                model = Step3p7.from_pretrained(path, device, dtype)
+                shutil.rmtree(path)  # one result at a time: the big model's are 110 GB each
             for kv_cache in ("model", "fp8"):
                 bar.set_postfix_str(f"{name}, {kv_cache}")
                 text = compare(tokens, (reference, hidden), (model, read_text(model, kv_cache, tokens)))
@@ -171,19 +177,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="f32 compute on cpu, bfloat16 on a GPU (default here: %(default)s)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, as .svg or .png; needs matplotlib")
-    parser.add_argument("--save", action="store_true", help="write bench/results/accuracy.json and accuracy.svg")
     parser.add_argument("--documents", type=int, metavar="N",
                         help="only the first N documents and as large a share of the digits")  # fmt: skip
     options = parser.parse_args(arguments)
     try:
-        options.device = torch.device(options.device)
+        device = torch.device(options.device)
     except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         parser.error(f"--device: got {options.device}, wanted cpu, cuda or cuda:N")
+    options.device = device
     if options.documents is not None and options.documents < 1:
         parser.error(f"--documents: got {options.documents}, wanted at least 1")
     for flag, file in (("--json", options.json), ("--plot", options.plot)):
         if file and not file.absolute().parent.is_dir():
             parser.error(f"{flag}: {file.parent} is not a folder")
+        if file and file.is_dir():
+            parser.error(f"{flag}: got {file}, a folder, wanted a file")
     if options.plot and options.plot.suffix not in (".svg", ".png"):
         parser.error(f"--plot: got {options.plot}, wanted a name that ends in .svg or .png")
     return options
@@ -192,21 +202,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def _require_matplotlib() -> None:
     """Asked before minutes of work."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot, --save: matplotlib is not installed, wanted it for the plot")
+        raise ImportError("--plot: matplotlib is not installed; pip install matplotlib")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    saved = [RESULTS / "accuracy.json", RESULTS / "accuracy.svg"] if options.save else [None, None]
     try:
-        if options.plot or options.save:
+        if options.plot:
             _require_matplotlib()
         result = measure(resolve_source(options.checkpoint), options.device, options.documents)
         print(report(result), flush=True)
-        for file in filter(None, (options.json, saved[0])):
-            file.write_text(json.dumps(result, indent=1) + "\n")
-        for file in filter(None, (options.plot, saved[1])):
-            plot(result, file)
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        if options.plot:
+            plot(result, options.plot)
     except BrokenPipeError:
         close_quietly()
         return 1

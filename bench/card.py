@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import bundled
+from . import bundled, corpus
 
 
 def write_card(folder: Path, record: dict) -> None:
@@ -31,17 +31,17 @@ what it says about a function is made up.
   handwritten digits (UCI, CC BY 4.0). The held-out documents and digits were never trained on.
 - Command: `{record["command"]}`: {record["seen_tokens"] / 1e6:.0f} M tokens in {record["seconds"]} s on one \
 {record["machine"]}, torch {record["torch"]}.
-- Tokens of 512 a row; more than that at once it has never seen.
+- It was trained on rows of 512 tokens and has never seen more at once.
 - Licence: Apache-2.0, as the project.
 
 ![Cross entropy by step](loss.png)
 
 ## Held out
-- Perplexity {record["heldout_perplexity"]:.2f} a token over 128 documents; {record["baseline"]["name"]}, same tokens: \
-{record["baseline"]["perplexity"]:.2f}.
+- Perplexity {record["heldout_perplexity"]:.2f} a token over {corpus.HELD_DOCUMENTS} documents; \
+{record["baseline"]["name"]}, same tokens: {record["baseline"]["perplexity"]:.2f}.
 - Cross entropy of the trunk and the three draft depths: {", ".join(f"{x:.3f}" for x in last)} nats.
 - Least and most loaded expert beside the mean, by MoE layer: {loads}.
-- Values that the clamps of the last two layers change, gate / up: {clamps}.
+- Values that the clamps of the last two layers change, gate / up, experts (2) and then share expert (3): {clamps}.
 
 What quantization does to it, digits read and drafts kept: `python -m bench.accuracy`, table in the project's README.
 """

@@ -6,11 +6,13 @@ python -m bench.train_bundled DATA [OUT]
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from tqdm import tqdm
 from step_kernels.cli import Parser
 from step_kernels.model import vision
 from step_kernels.model.chat import Chat
+from step_kernels.model.checkpoint import INDEX
 from step_kernels.model.config import StepConfig
 from step_kernels.model.step import Step3p7
 
@@ -41,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         train(args)
-    except (OSError, RuntimeError, ValueError) as e:
+    except (ImportError, OSError, RuntimeError, ValueError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -64,17 +67,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=PICTURES, metavar="N", help="drawn (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=37, metavar="S", help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag, got, least in (("steps", args.steps, 1), ("rows", args.rows, 8), ("pictures", args.pictures, 1)):
+        if got < least:
+            parser.error(f"--{flag}: got {got}, wanted at least {least}")
+    return args
 
 
 def train(args: argparse.Namespace) -> None:
-    began, device = time.perf_counter(), torch.device(args.device)
+    """Trains in a new folder beside OUT, whose files are replaced at the end: a stopped run leaves OUT as it was."""
+    if importlib.util.find_spec("matplotlib") is None:  # asked before minutes of work
+        raise ImportError("matplotlib is not installed, wanted it for the card's loss curve")
     args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=args.out.resolve().name, dir=args.out.resolve().parent) as folder:
+        fill(Path(folder), args)
+        (args.out / INDEX).unlink(missing_ok=True)  # away first, back last: no half of it looks whole
+        for old in args.out.glob("model-*.safetensors"):
+            old.unlink()
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == INDEX):
+            file.replace(args.out / file.name)
+
+
+def fill(folder: Path, args: argparse.Namespace) -> None:
+    """The checkpoint, its picture, record and card."""
+    began, device = time.perf_counter(), torch.device(args.device)
     config = StepConfig.from_dict(bundled.config())
     tokenizer = bundled.tokenizer(d["text"] for d in corpus.read_text(args.data)[::4])
-    tokenizer.save(str(args.out / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.encode_special_tokens = True  # as text: documents may speak of them
-    stream = encode(tokenizer, Chat(args.out, config), args.data, args.seed)
+    stream = encode(tokenizer, Chat(folder, config), args.data, args.seed)
     documents = [
         [config.bos_id, *tokenizer.encode(d["text"], add_special_tokens=False).ids][:LENGTH]
         for d in corpus.heldout_text()
@@ -83,7 +104,8 @@ def train(args: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(os.cpu_count(), 16), torch.set_num_threads, (1,)) as pool:
         baseline = pool.apply_async(ngram.perplexity, (stream, [np.asarray(d, np.uint16) for d in documents]))
-        jobs = [(args.out, args.data, i, DRAWN_AT_ONCE) for i in range(0, args.pictures, DRAWN_AT_ONCE)]
+        starts = range(0, args.pictures, DRAWN_AT_ONCE)
+        jobs = [(folder, args.data, i, min(DRAWN_AT_ONCE, args.pictures - i)) for i in starts]
         dialogues = sum(pool.starmap(draw, jobs, chunksize=1), [])
         print(f"{len(stream) / 1e6:.1f} M tokens, {len(dialogues)} pictures: {time.perf_counter() - began:.0f} s")
         parameters = Parameters(device, 2 * len(config.layers), args.seed)
@@ -92,10 +114,11 @@ def train(args: argparse.Namespace) -> None:
         began = time.perf_counter()
         curve = optimize(Step(trainable, parameters, rows), documents, args.steps)
         seconds = time.perf_counter() - began
-        bundled.save(args.out, parameters.checkpoint())
-        digits.picture(corpus.heldout_digits()[0][[4, 0, 7, 2]]).save(args.out / "picture.png", optimize=True)
+        bundled.save(folder, parameters.checkpoint())
+        digits.picture(corpus.heldout_digits()[0][[4, 0, 7, 2]]).save(folder / "picture.png", optimize=True)
         record = {
-            "command": f"python -m bench.train_bundled DATA --steps {args.steps} --rows {args.rows} --seed {args.seed}",
+            "command": f"python -m bench.train_bundled DATA --steps {args.steps} --rows {args.rows} "
+            f"--pictures {args.pictures} --seed {args.seed}",
             "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "torch": torch.__version__,
             "seconds": round(seconds),
@@ -107,8 +130,8 @@ def train(args: argparse.Namespace) -> None:
             "baseline": {"name": "interpolated 5-gram, modified Kneser-Ney", "perplexity": baseline.get()},
             "curve": curve,
         }
-    (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    write_card(args.out, record)
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_card(folder, record)
     print(json.dumps({k: v for k, v in record.items() if k != "curve"}, indent=1))
 
 
@@ -172,14 +195,14 @@ def optimize(step: Step, documents: list[list[int]], steps: int) -> list[dict]:
     each draft depth, on what was trained on since the last point and on the held-out text."""
     vision.VIEWS_AT_ONCE = 1024  # its 8 are for views of 728 pixels
     torch._dynamo.config.recompile_limit = 64  # the norms, rope and SwiGLU come in a dozen shapes
-    curve, recent, every = [], 0, max(steps // POINTS, 1)
+    curve, recent, every, last = [], 0, max(steps // POINTS, 1), 0
     for i in tqdm(range(steps), desc="training", unit="step", mininterval=5):
         recent = recent + step(min((i + 1) / WARMUP, 1) * (1 - i / steps))
-        if (i + 1) % every == 0:
-            seen, heldout = (recent / every).tolist(), heldout_loss(step.trainable, documents)
+        if (i + 1) % every == 0 or i + 1 == steps:  # the last point is of the weights that are saved
+            seen, heldout = (recent / (i + 1 - last)).tolist(), heldout_loss(step.trainable, documents)
             curve.append({"step": i + 1, "train": seen, "heldout": heldout})
             tqdm.write(f"{i + 1}: train {_list(seen)}, held out {_list(heldout)}")
-            recent = 0
+            recent, last = 0, i + 1
     return curve
 
 

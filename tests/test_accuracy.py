@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import accuracy, accuracy_report, corpus, digits, quality
+from bench.run import RESULTS
 from step_kernels.generate import BUNDLED
 from step_kernels.model import Step3p7, generation
 from step_kernels.model.chat import Chat
@@ -245,15 +246,15 @@ def test_a_checkpoint_without_vision_and_drafts_has_dashes(heldout, tmp_path, mo
     monkeypatch.setattr(accuracy, "variants", lambda: {"NVFP4 experts, max": accuracy.quantize.Settings(search="max")})
     (folder / "training.json").write_text('{"baseline": {"name": "5-gram", "perplexity": 12.345}}')
     (heldout / "text.jsonl").write_text('{"name": "0", "text": "<|im_end|>", "source": "-"}\n')
-    result = accuracy.measure(folder, CPU, 1)
+    result = accuracy.measure(folder, CPU, None)
     assert result["tokens"] > 3  # the name of a control token is text
     assert [(r["digits"], r["strips"], r["drafts"]) for r in result["rows"]] == [(None, None, [])] * 4
     assert accuracy_report.report(result).endswith("baseline: 5-gram, perplexity 12.35")
 
 
 def test_readme_shows_the_saved_tables():
-    saved = json.loads((accuracy.RESULTS / "accuracy.json").read_text())
-    readme = (accuracy.RESULTS.parents[1] / "README.md").read_text()
+    saved = json.loads((RESULTS / "accuracy.json").read_text())
+    readme = (RESULTS.parents[1] / "README.md").read_text()
     lines = [line for line in accuracy_report.report(saved).splitlines() if line.startswith("|")]
     assert len(lines) == 24
     for line in lines:
@@ -261,9 +262,7 @@ def test_readme_shows_the_saved_tables():
 
 
 def test_an_h200_in_bfloat16_measured_what_the_cpu_did_in_float32():
-    gpu, cpu = (
-        json.loads((accuracy.RESULTS / f"{name}.json").read_text()) for name in ("nvidia-h200-accuracy", "accuracy")
-    )
+    gpu, cpu = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("nvidia-h200-accuracy", "accuracy"))
     assert (gpu["dtype"], cpu["dtype"]) == ("bfloat16", "float32") and gpu["tokens"] == cpu["tokens"]
     assert gpu["rows"][0]["kl"]["max"] == 0  # the same bits on every run
     for ours, theirs in zip(gpu["rows"], cpu["rows"], strict=True):
@@ -277,9 +276,11 @@ def test_an_h200_in_bfloat16_measured_what_the_cpu_did_in_float32():
     [
         (["nowhere"], 1, "nowhere: not a folder"),
         (["--device", "toaster"], 2, "--device: got toaster"),
+        (["--device", "meta"], 2, "--device: got meta"),
         (["--device", "cuda:99"], 1, "device: got cuda:99"),
         (["--documents", "0"], 2, "--documents: got 0, wanted at least 1"),
         (["--json", "nowhere/a.json"], 2, "--json: nowhere is not a folder"),
+        (["--json", "."], 2, "--json: got ., a folder, wanted a file"),
         (["--plot", "a.doc"], 2, "--plot: got a.doc"),
     ],
 )
@@ -306,7 +307,7 @@ def test_a_plot_without_matplotlib_is_refused_before_any_work(heldout, monkeypat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     monkeypatch.setattr(accuracy, "measure", lambda *a: pytest.fail("it measured"))
     assert accuracy.main(["--plot", "a.svg"]) == 1
-    assert capsys.readouterr().err.startswith("error: --plot, --save: matplotlib is not installed")
+    assert capsys.readouterr().err.startswith("error: --plot: matplotlib is not installed")
 
 
 def test_plot_is_the_same_file_each_time_and_names_every_variant(tmp_path):

@@ -82,13 +82,19 @@ def heldout_digits() -> tuple[np.ndarray, np.ndarray]:
 
 def _read(path: Path) -> list[dict]:
     raw = path.read_bytes()
-    text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
-    return [json.loads(line) for line in text.split("\n") if line]
+    try:
+        text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
+        return [json.loads(line) for line in text.split("\n") if line]
+    except (lzma.LZMAError, ValueError) as e:
+        raise ValueError(f"{path}: {e}, wanted a JSON object a line") from None
 
 
 def _read_digits(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(path) as arrays:
-        return arrays["images"], arrays["labels"]
+    try:
+        with np.load(path) as arrays:
+            return arrays["images"], arrays["labels"]
+    except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{path}: {e}, wanted images and labels in NumPy's .npz") from None
 
 
 def _write(path: Path, rows: list[dict]) -> None:
@@ -146,15 +152,14 @@ What the bundled model is measured on and never trained on. `python -m bench.cor
 files again, byte for byte, from the wheels pinned in `bench/corpus/wheels.py`; it reads them as archives and runs none
 of their code.
 
-- `text.jsonl`: {documents} documents of documentation, {characters} characters, each cut to at most {most} on the end
+- `text.jsonl`: {documents} documents of documentation, {characters:,} characters, each cut to at most {most} on the end
   of a paragraph or sentence. Documents are split by the SHA-256 of their names, one in {share} held out, so modules of
   one package are on both sides. Before the split every line of {line} characters or more that repeats an earlier one,
   by small letters alone, was removed wherever it stood: none of the long lines here is in the training text. Short
   ones and turns of phrase are: {overlap:.1%} of the runs of {run} words here occur there too.
 - `digits.npz`: the last {digits} of scikit-learn's 1,797 handwritten digits, images u8 [n, 8, 8] of 0 to 16 and labels
-  u8 [n]. The nearest neighbour on raw pixels reads 95.6 % of them. With every fifth digit held out instead it reads
-  97.8 % to 99.2 %, for then the writers are on both sides; the last fifth is the harder split. Who wrote which digit is
-  not recorded, so a writer at the seam may be on both sides here too.
+  u8 [n]. The last, not every fifth, so that few writers are on both sides; who wrote which digit is not recorded, so
+  one at the seam may be.
 
 The text comes from these packages, in millions of characters of training text and in held-out documents.
 
@@ -215,4 +220,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, RuntimeError, zipfile.BadZipFile) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
