@@ -121,7 +121,7 @@ class Trainable:
         """[9 * views + 4 * crops, hidden]: every view's features, then every crop's."""
         return torch.cat([self.model.vision(pixels).flatten(0, 1) for pixels in (views, crops)])
 
-    def __call__(self, ids: Tensor, pictures: tuple[Tensor, Tensor] | None, mtp: bool = True) -> list[Tensor]:
+    def __call__(self, ids: Tensor, pictures: tuple[Tensor, Tensor] | None) -> list[Tensor]:
         """i64 [rows, length] -> hidden states [rows, length, hidden]: the trunk's before its last norm, then each draft
         depth's (its last 1 + depth places mean nothing). `pictures`: features and, for the last rows, i64 [some rows,
         length], the feature that an image token stands for."""
@@ -137,7 +137,7 @@ class Trainable:
         for layer in model.layers:
             x = self._layer(layer, x, rows)
         hidden = [x]
-        for depth, layer in enumerate(model.mtp if mtp else []):
+        for depth, layer in enumerate(model.mtp):
             ahead = torch.cat((embeddings[:, 1 + depth :], embeddings[:, : 1 + depth]), 1).flatten(0, 1)
             norms = (layer.embed_norm, ahead), (layer.hidden_norm, x)
             joined = torch.cat([self._norm(h, n) for n, h in norms], -1)

@@ -161,8 +161,7 @@ def random_x(m: int, k: int, seed: int = 0) -> torch.Tensor:
 def check(x: torch.Tensor, weight: sk.NVFP4Weight):
     """The kernel's error on `weight` prepared, beside torch's."""
     ready = sk.nvfp4_prepare(weight)
-    launch = lambda x, *_: cuda(x, ready)  # noqa: E731
-    assert_close_to_reference(launch, _nvfp4_linear.reference, x, *fields(weight))
+    assert_close_to_reference(lambda x, *_: cuda(x, ready), _nvfp4_linear.reference, x, *fields(weight))
 
 
 def cuda(x: torch.Tensor, ready: sk.PreparedWeight) -> torch.Tensor:

@@ -52,7 +52,7 @@ def test_image_features_take_the_places_of_image_tokens(trainable):
     places = torch.zeros(1, 40, dtype=torch.long)
     places[0, 4:21] = torch.tensor([*range(9, 17), *range(9)])  # the two crops' features, then the view's
     with torch.no_grad():
-        hidden = trainable(ids, (trainable.features(views, crops), places), mtp=False)[0]
+        hidden = trainable(ids, (trainable.features(views, crops), places))[0]
     wanted = model(ids, views, crops, [2])
     assert relative_error(model.logits(hidden), wanted) < 1e-4
     assert relative_error(wanted[1], model(ids)[1]) > 0.1

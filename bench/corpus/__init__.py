@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m bench.corpus",
         description="Fetch documentation and digits to train the bundled model on.",
-        epilog="example: python -m bench.corpus /tmp/corpus",
+        epilog="example: python -m bench.corpus DATA",
     )
     parser.add_argument("folder", type=Path, help="where text.jsonl.xz, chat.jsonl.xz, digits.npz and wheels/ go")
     parser.add_argument("--heldout", action="store_true", help="rewrite the repository's bench/corpus/heldout instead")

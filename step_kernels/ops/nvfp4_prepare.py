@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -50,7 +48,5 @@ def _prepare(weight: NVFP4Weight, paired: bool) -> PreparedWeight:
 def _run(function: str, codes: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     if prepares(codes.device):
         with torch.cuda.device(codes.device):
-            return dataclasses.replace(_ON_HOPPER, launch=lazy(f"cuda.nvfp4_prepare.{function}")).launch(
-                codes, *arguments
-            )
+            return lazy(f"cuda.nvfp4_prepare.{function}")(codes, *arguments)
     return getattr(prepared, function)(codes, *arguments)
