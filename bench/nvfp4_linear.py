@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from step_kernels.model.weights import RandomWeights
-from step_kernels.ops import nvfp4_prepare, prepares
 from step_kernels.ops.nvfp4_linear import _nvfp4_linear
 from step_kernels.prepared import TILE
 from step_kernels.testing import relative_error
@@ -27,8 +26,6 @@ def inputs(case: tuple[int, int, int]) -> tuple:
     """The op's arguments, random codes; in the prepared layout where this GPU has one."""
     m, n, k = case
     weight = RandomWeights(torch.device("cuda"), torch.bfloat16).experts("", 1, k, n).down[0]
-    if prepares(weight.codes.device):
-        weight = nvfp4_prepare(weight)
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     return x, weight.codes, weight.scales, weight.global_scale
 

@@ -8,7 +8,6 @@ import torch
 
 import step_kernels as sk
 from step_kernels.model.weights import DenseExperts, RandomWeights
-from step_kernels.ops import nvfp4_prepare, prepares
 from step_kernels.ops.nvfp4_moe import _nvfp4_moe
 from step_kernels.testing import relative_error
 
@@ -28,8 +27,6 @@ def inputs(case: tuple[int, bool]) -> tuple:
     """The op's arguments, random codes; in the prepared layout where this GPU has one."""
     tokens, zipf = case
     experts = RandomWeights(torch.device("cuda"), torch.bfloat16).experts("", EXPERTS, INNER, HIDDEN)
-    if prepares(experts.down.codes.device):
-        experts = nvfp4_prepare(experts)
     tensors = (getattr(w, f) for w in (experts.gate_up, experts.down) for f in ("codes", "scales", "global_scale"))
     x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
     return x, torch.rand(tokens, TOP_K, device="cuda"), _ids(tokens, zipf).cuda(), *tensors, LIMIT

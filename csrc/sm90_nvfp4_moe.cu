@@ -1,7 +1,7 @@
 // The routed experts for few tokens, prepared NVFP4 weights: gate_up with the clamped SwiGLU, down with the routing
 // weight, and the sum of a token's experts; common/nvfp4_sm90_decode.cuh multiplies.
 //
-// A tile is up to kTokens routed (token, slot) pairs of one expert. Every block sorts all pairs itself, in shared memory
+// A tile is up to kTokens routed (token, slot) pairs of an expert. Every block sorts all pairs itself, in shared memory
 // (at most kMostPairs): a kernel of its own would cost a launch and the way through memory.
 //
 //   ids        7 2 7 0 | 2 7 ..        offset[e]  where expert e's pairs begin in `pair`
@@ -11,19 +11,22 @@
 // Bytes: 9/16 of a byte a weight of each expert that has a pair. Sums are in an order that only shapes and ids decide.
 #include "common/nvfp4_sm90_decode.cuh"
 
+constexpr int kFewPairs = 32;
+
 struct Routing {
-  int *offset, *id;
+  int* count;
   u16 *pair, *tile_expert, *tile_first, *tile_size;
+  int* offset;
 
-  __device__ explicit Routing(u8* shared)
-      : offset(reinterpret_cast<int*>(shared)),
-        id(offset + kMostExperts + 4),
-        pair(reinterpret_cast<u16*>(id + kMostPairs)),
-        tile_expert(pair + kMostPairs),
-        tile_first(tile_expert + kMostPairs),
-        tile_size(tile_first + kMostPairs) {}
+  __device__ explicit Routing(u8* shared, int most_pairs = kMostPairs)
+      : count(reinterpret_cast<int*>(shared)),
+        pair(reinterpret_cast<u16*>(shared + 16)),
+        tile_expert(pair + most_pairs),
+        tile_first(tile_expert + most_pairs),
+        tile_size(tile_first + most_pairs),
+        offset(reinterpret_cast<int*>(tile_size + most_pairs)) {}
 
-  // The same tables from at most 32 pairs by one warp; the block must meet before it reads them.
+  // The tables but `offset` from at most kFewPairs by one warp; others must meet it before they read them.
   template <class S>
   __device__ void sort_few(const int* ids, int pairs, int experts) const {
     const int p = threadIdx.x % 32, given = p < pairs ? ids[p] : -1;
@@ -45,60 +48,74 @@ struct Routing {
       tile_size[tile] = min(S::kTokens, size - rank);
     }
     const u32 all = __ballot_sync(0xFFFFFFFFu, starts);
-    if (p == 0) offset[kMostExperts + 1] = __popc(all);
+    if (p == 0) *count = __popc(all);
   }
-  __device__ int tiles() const { return offset[kMostExperts + 1]; }
+  __device__ int tiles() const { return *count; }
 
-  // Fills the tables from ids [pairs], the whole block together.
+  // Fills the tables from ids [pairs], the whole block together. `scratch`: for each 32 neighbours among the pairs and
+  // each expert, first how many of them are the expert's, then how many are in the 32s before.
   template <class S>
-  __device__ void sort(const int* ids, int pairs, int experts) const {
-    for (int e = threadIdx.x; e <= experts; e += S::kThreads) offset[e] = 0;
+  __device__ void sort(const int* ids, int pairs, int experts, u8* scratch) const {
+    constexpr int kEach = (kMostPairs + S::kThreads - 1) / S::kThreads;
+    static_assert(2 * S::kThreads >= kMostExperts && 2 * kMostPairs / 32 * kMostExperts <= S::kRing);
+    u16* counts = reinterpret_cast<u16*>(scratch);
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, neighbours = (pairs + 31) / 32;
+    int e[kEach], rank[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int p = thread + i * S::kThreads, given = p < pairs ? ids[p] : -1;
+      e[i] = given >= 0 && given < experts ? given : kMostExperts;  // others belong to another rank
+    }
+    for (int i = thread; i < neighbours * kMostExperts / 8; i += S::kThreads)
+      reinterpret_cast<uint4*>(counts)[i] = make_uint4(0, 0, 0, 0);
     __syncthreads();
-    for (int p = threadIdx.x; p < pairs; p += S::kThreads) {
-      const int e = ids[p];
-      const bool local = e >= 0 && e < experts;  // others belong to another rank
-      id[p] = local ? e : -1;
-      if (local) atomicAdd(offset + e, 1);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const u32 same = __match_any_sync(0xFFFFFFFFu, e[i]);
+      rank[i] = __popc(same & ((1u << lane) - 1));
+      if (e[i] < kMostExperts && rank[i] == 0)
+        counts[(thread + i * S::kThreads) / 32 * kMostExperts + e[i]] = __popc(same);
     }
     __syncthreads();
-    if (threadIdx.x < 32) {  // each lane a range of experts
-      const int lane = threadIdx.x, each = (experts + 31) / 32, from = lane * each, to = min(from + each, experts);
-      int count = 0, tiles = 0;
-      for (int e = from; e < to; ++e) {
-        count += offset[e];
-        tiles += (offset[e] + S::kTokens - 1) / S::kTokens;
-      }
-      int place = count, tile = tiles;
-      for (int step = 1; step < 32; step *= 2) {
-        const int c = __shfl_up_sync(0xFFFFFFFFu, place, step), t = __shfl_up_sync(0xFFFFFFFFu, tile, step);
-        if (lane >= step) {
-          place += c;
-          tile += t;
-        }
-      }
-      if (lane == 31) {
-        offset[experts] = place;
-        offset[kMostExperts + 1] = tile;
-      }
-      place -= count;
-      tile -= tiles;
-      for (int e = from; e < to; ++e) {
-        const int size = offset[e];
-        offset[e] = place;
-        for (int i = 0; i < size; i += S::kTokens, ++tile) {
-          tile_expert[tile] = e;
-          tile_first[tile] = place + i;
-          tile_size[tile] = min(S::kTokens, size - i);
-        }
-        place += size;
+    u32 sizes = 0;  // of this thread's two experts, 16 bits each
+    if (2 * thread < kMostExperts) {
+      u32* both = reinterpret_cast<u32*>(counts) + thread;
+      for (int i = 0; i < neighbours; ++i) {
+        const u32 more = both[i * kMostExperts / 2];
+        both[i * kMostExperts / 2] = sizes;
+        sizes += more;
       }
     }
+    const int size[2] = {static_cast<int>(sizes & 0xFFFF), static_cast<int>(sizes >> 16)};
+    const auto tiles_of = [](int size) { return (size + S::kTokens - 1) / S::kTokens; };
+    const u32 own = size[0] + size[1] + ((tiles_of(size[0]) + tiles_of(size[1])) << 16);
+    u32 all = own;  // pairs, and tiles << 16, up to this thread's
+    for (int step = 1; step < 32; step *= 2) {
+      const u32 other = __shfl_up_sync(0xFFFFFFFFu, all, step);
+      if (lane >= step) all += other;
+    }
+    u32* warps = reinterpret_cast<u32*>(tile_size);  // not in use yet
+    if (lane == 31) warps[warp] = all;
     __syncthreads();
-    for (int p = threadIdx.x; p < pairs; p += S::kThreads) {
-      if (id[p] < 0) continue;
-      int before = 0;
-      for (int i = 0; i < p; ++i) before += id[i] == id[p];
-      pair[offset[id[p]] + before] = p;
+    for (int i = 0; i < warp; ++i) all += warps[i];
+    __syncthreads();
+    int place = (all - own) & 0xFFFF, tile = (all - own) >> 16;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (2 * thread < kMostExperts) offset[2 * thread + i] = place;
+      for (int first = 0; first < size[i]; first += S::kTokens, ++tile) {
+        tile_expert[tile] = 2 * thread + i;
+        tile_first[tile] = place + first;
+        tile_size[tile] = min(S::kTokens, size[i] - first);
+      }
+      place += size[i];
+    }
+    if (thread == S::kThreads - 1) *count = tile;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int p = thread + i * S::kThreads;
+      if (e[i] < kMostExperts) pair[offset[e[i]] + counts[p / 32 * kMostExperts + e[i]] + rank[i]] = p;
     }
     __syncthreads();
   }
@@ -120,6 +137,19 @@ struct Experts {
   __device__ int pair_of(int tile, int token) const { return routing.pair[routing.tile_first[tile] + token]; }
 };
 
+// One product over the k of all tiles, one after the other.
+template <class S>
+struct ExpertsInARow : Experts<S> {
+  int units;  // of an expert
+
+  __device__ int columns_of(int) const { return 0; }
+  __device__ int rows_end(int) const { return 0x7FFF; }
+  __device__ Place place(int row, int unit) const {
+    const int tile = unit / units;
+    return {static_cast<i64>(this->routing.tile_expert[tile]) * this->row_blocks + row, unit - tile * units};
+  }
+};
+
 template <class S>
 struct GateUp : Experts<S> {
   const float* global_scale;
@@ -128,8 +158,14 @@ struct GateUp : Experts<S> {
   i64 x_stride;
   int k, top_k, parts;
   float limit;
+  const u8 *down_codes, *down_scales;  // [experts, blocks of k, chunks of this->row_blocks * 32, ..]
 
   __device__ void wait_for_activations() const { let_next_kernel_start(); }
+  __device__ void fetched_all() const {
+    const int rows = chunks_of(k), inner = 32 * this->row_blocks;
+    fetch_ahead<S>(Experts<S>{this->routing, rows}, down_codes, down_scales, this->routing.tiles() * rows,
+                   units_of(inner), chunks_of(inner));
+  }
   __device__ Source source(int set, int token, int unit) const {
     return {x + this->pair_of(set, token) / top_k * x_stride + unit * kUnitK, k - unit * kUnitK, 1.0f};
   }
@@ -151,11 +187,16 @@ struct GateUp : Experts<S> {
   }
 };
 
-// All tokens are columns for every expert, whether they chose it or not: built once, before the ids are sorted.
+// All tokens are columns for every expert, whether they chose it or not.
 template <class S>
 struct GateUpFew : GateUp<S> {
   int m;
 
+  __device__ void fetched_all() const {
+    const int rows = chunks_of(this->k), inner = 32 * this->row_blocks, units = units_of(inner);
+    fetch_ahead<S>(ExpertsInARow<S>{{this->routing, rows}, units}, this->down_codes, this->down_scales, rows,
+                   this->routing.tiles() * units, chunks_of(inner));
+  }
   __device__ int columns_of(int) const { return 0; }
   __device__ int rows_end(int) const { return 0x7FFF; }
   __device__ int tokens(int) const { return m; }
@@ -172,6 +213,7 @@ struct GateUpFew : GateUp<S> {
   }
 };
 
+// Routing weights and global scales go into the columns' factors.
 template <class S>
 struct Down : Experts<S> {
   const float *global_scale, *weights;
@@ -179,45 +221,41 @@ struct Down : Experts<S> {
   float* parts;
   int n, k;
 
+  __device__ void fetched_all() const {}
   __device__ void wait_for_activations() const {
     wait_for_previous_kernel();
     let_next_kernel_start();
   }
   __device__ Source source(int set, int token, int unit) const {
-    return {inner + static_cast<i64>(this->pair_of(set, token)) * k + unit * kUnitK, k - unit * kUnitK, 1.0f};
+    const int p = this->pair_of(set, token);
+    return {inner + static_cast<i64>(p) * k + unit * kUnitK, k - unit * kUnitK,
+            weights[p] * global_scale[this->routing.tile_expert[set]]};
   }
   __device__ void finish(int row, int token, int pair, float a, float b) const {
     const int tile = row / this->row_blocks, p = this->pair_of(tile, token);
     const int at = (row - tile * this->row_blocks) * kTileRows + pair_row(pair);
-    const float scale = global_scale[this->routing.tile_expert[tile]], weight = weights[p];
     float* to = parts + static_cast<i64>(p) * n + at;
-    if (at < n) to[0] = a * kRange * scale * weight;
-    if (at + 8 < n) to[8] = b * kRange * scale * weight;
+    if (at < n) to[0] = a * kRange;
+    if (at + 8 < n) to[8] = b * kRange;
   }
 };
 
-// One product over the k of all tiles, one after the other: a token's sum over its experts is the row's own. Routing
-// weights and global scales go into the columns' factors.
+// A token's sum over its experts is the row's own.
 template <class S>
-struct DownFew : Experts<S> {
+struct DownFew : ExpertsInARow<S> {
   const float *global_scale, *weights;
   const u16* inner;
   u16* out;
   int n, k, top_k, m;
 
-  __device__ int columns_of(int) const { return 0; }
-  __device__ int rows_end(int) const { return 0x7FFF; }
   __device__ int tokens(int) const { return m; }
+  __device__ void fetched_all() const {}
   __device__ void wait_for_activations() const {
     wait_for_previous_kernel();
     let_next_kernel_start();
   }
-  __device__ Place place(int row, int unit) const {
-    const int units = units_of(k), tile = unit / units;
-    return {static_cast<i64>(this->routing.tile_expert[tile]) * this->row_blocks + row, unit - tile * units};
-  }
   __device__ Source source(int, int token, int unit) const {
-    const int units = units_of(k), tile = unit / units, at = (unit - tile * units) * kUnitK;
+    const int tile = unit / this->units, at = (unit - tile * this->units) * kUnitK;
     Source source{inner, 0, 0.0f};  // zeros where the token did not choose the expert
     for (int i = 0; i < this->routing.tile_size[tile]; ++i) {
       const int p = this->pair_of(tile, i);
@@ -235,92 +273,83 @@ struct DownFew : Experts<S> {
   }
 };
 
-#define VARIANT(tokens)                                                                                            \
-  extern "C" __global__ void __launch_bounds__(Shape<tokens>::kThreads, 1) sm90_nvfp4_moe_gate_up_t##tokens(       \
-      const u8* codes,            /* [experts, row_blocks, chunks, 2048], gate and up rows paired */               \
-      const u8* scales,           /* [experts, row_blocks, chunks, 256] */                                         \
-      const float* global_scale,  /* [experts, parts] */                                                           \
-      const u16* x,               /* bf16 [tokens, k], rows x_stride apart, each at 8 bytes */                     \
-      const int* ids,             /* [pairs] = [tokens, top_k] */                                                  \
-      u16* inner,                 /* bf16 [pairs, 32 * row_blocks] */                                              \
-      float* partial, int* counters, i64 x_stride, int pairs, int top_k, int experts, int row_blocks, int k,       \
-      int parts, float limit) {                                                                                    \
-    using S = Shape<tokens>;                                                                                       \
-    extern __shared__ __align__(128) u8 s_all[];                                                                   \
-    const Routing routing(s_all + S::kRouting + 16);                                                               \
-    wait_for_previous_kernel();                                                                                    \
-    routing.sort<S>(ids, pairs, experts);                                                                          \
-    const GateUp<S> task{{routing, row_blocks}, global_scale, x, inner, x_stride, k, top_k, parts, limit};         \
-    decode<S>(task, s_all, codes, scales, routing.tiles() * row_blocks, units_of(k), chunks_of(k), false, partial, \
-              counters);                                                                                           \
-  }                                                                                                                \
-  extern "C" __global__ void __launch_bounds__(Shape<tokens>::kThreads, 1) sm90_nvfp4_moe_down_t##tokens(          \
-      const u8* codes, const u8* scales,                                                                           \
-      const float* global_scale,  /* [experts] */                                                                  \
-      const u16* inner,           /* bf16 [pairs, k] */                                                            \
-      const int* ids,             /* known before gate_up began, which let this kernel start after its own wait */ \
-      const float* weights,       /* [pairs] */                                                                    \
-      float* parts,               /* [pairs, n] */                                                                 \
-      float* partial, int* counters, int pairs, int experts, int n, int k) {                                       \
-    using S = Shape<tokens>;                                                                                       \
-    extern __shared__ __align__(128) u8 s_all[];                                                                   \
-    const Routing routing(s_all + S::kRouting + 16);                                                               \
-    routing.sort<S>(ids, pairs, experts);                                                                          \
-    const int row_blocks = (n + kTileRows - 1) / kTileRows;                                                        \
-    const Down<S> task{{routing, row_blocks}, global_scale, weights, inner, parts, n, k};                          \
-    decode<S>(task, s_all, codes, scales, routing.tiles() * row_blocks, units_of(k), chunks_of(k), false, partial, \
-              counters);                                                                                           \
+#define VARIANT(tokens)                                                                                              \
+  extern "C" __global__ void __launch_bounds__(Shape<tokens>::kThreads, Shape<tokens>::kBlocks)                      \
+      sm90_nvfp4_moe_gate_up_t##tokens(                                                                              \
+      const u8* codes,            /* [experts, row_blocks, chunks, 2048], gate and up rows paired */                 \
+      const u8* scales,           /* [experts, row_blocks, chunks, 256] */                                           \
+      const float* global_scale,  /* [experts, parts] */                                                             \
+      const u16* x,               /* bf16 [tokens, k], rows x_stride apart, each at 8 bytes */                       \
+      const int* ids,             /* [pairs] = [tokens, top_k] */                                                    \
+      u16* inner,                 /* bf16 [pairs, 32 * row_blocks] */                                                \
+      float* partial, i64 x_stride, int pairs, int top_k, int experts, int row_blocks, int k,                        \
+      int parts, float limit, const u8* down_codes, const u8* down_scales) {                                         \
+    using S = Shape<tokens>;                                                                                         \
+    extern __shared__ __align__(128) u8 s_all[];                                                                     \
+    const Routing routing(s_all + S::kRouting);                                                                      \
+    wait_for_previous_kernel();                                                                                      \
+    routing.sort<S>(ids, pairs, experts, s_all);                                                                     \
+    const GateUp<S> task{{routing, row_blocks}, global_scale, x, inner, x_stride, k, top_k, parts, limit,            \
+                         down_codes, down_scales};                                                                   \
+    decode<S>(task, s_all, codes, scales, routing.tiles() * row_blocks, units_of(k), chunks_of(k), partial);         \
+  }                                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(Shape<tokens>::kThreads, Shape<tokens>::kBlocks)                      \
+      sm90_nvfp4_moe_down_t##tokens(                                                                                 \
+      const u8* codes, const u8* scales,                                                                             \
+      const float* global_scale,  /* [experts] */                                                                    \
+      const u16* inner,           /* bf16 [pairs, k] */                                                              \
+      const int* ids,             /* known before gate_up began, which let this kernel start after its own wait */   \
+      const float* weights,       /* [pairs] */                                                                      \
+      float* parts,               /* [pairs, n] */                                                                   \
+      float* partial, int pairs, int experts, int n, int k) {                                                        \
+    using S = Shape<tokens>;                                                                                         \
+    extern __shared__ __align__(128) u8 s_all[];                                                                     \
+    const Routing routing(s_all + S::kRouting);                                                                      \
+    routing.sort<S>(ids, pairs, experts, s_all);                                                                     \
+    const int row_blocks = (n + kTileRows - 1) / kTileRows;                                                          \
+    const Down<S> task{{routing, row_blocks}, global_scale, weights, inner, parts, n, k};                            \
+    decode<S>(task, s_all, codes, scales, routing.tiles() * row_blocks, units_of(k), chunks_of(k), partial);         \
   }
 
 VARIANT(2)
 VARIANT(4)
 VARIANT(8)
 
-// One or two tokens and at most 32 pairs: no third kernel, and the first builds columns while a warp sorts.
-extern "C" __global__ void __launch_bounds__(Shape<2>::kThreads, 1) sm90_nvfp4_moe_gate_up_few(
+// One or two tokens and at most kFewPairs: no third kernel. Each group sorts for itself and fetches without waiting for
+// others.
+extern "C" __global__ void __launch_bounds__(Shape<2>::kThreads, Shape<2>::kBlocks) sm90_nvfp4_moe_gate_up_few(
     const u8* codes, const u8* scales, const float* global_scale, const u16* x, const int* ids, u16* inner,
-    float* partial, int* counters, i64 x_stride, int pairs, int top_k, int experts, int row_blocks, int k, int parts,
-    float limit) {
+    float* partial, i64 x_stride, int pairs, int top_k, int experts, int row_blocks, int k, int parts, float limit,
+    const u8* down_codes, const u8* down_scales) {
   using S = Shape<2>;
   extern __shared__ __align__(128) u8 s_all[];
-  const Routing routing(s_all + S::kRouting + 16);
-  const GateUpFew<S> task{
-      {{routing, row_blocks}, global_scale, x, inner, x_stride, k, top_k, parts, limit}, pairs / top_k};
-  const int units = units_of(k), warp = threadIdx.x / 32;
-  const bool build = units <= S::kWindow;
+  const int group = threadIdx.x / kWarpgroup;
+  const Routing routing(s_all + S::kRouting + group * (16 + 8 * kFewPairs), kFewPairs);
   wait_for_previous_kernel();
-  if (warp == 0) {
-    routing.sort_few<S>(ids, pairs, experts);
-  } else if (build) {
-    for (int i = warp - 1; i < units * task.m; i += S::kThreads / 32 - 1) {
-      const int token = i / units, unit = i - token * units;
-      build_columns<S>(s_all + unit * S::kUnitColumns,
-                       reinterpret_cast<float*>(s_all + S::kFactors) + unit * S::kTokens + token,
-                       task.source(0, token, unit), token);
-    }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  }
-  __syncthreads();
-  decode<S>(task, s_all, codes, scales, routing.tiles() * row_blocks, units, chunks_of(k), build, partial, counters);
+  if (threadIdx.x % kWarpgroup < 32) routing.sort_few<S>(ids, pairs, experts);
+  meet_group(group);
+  const GateUpFew<S> task{{{routing, row_blocks}, global_scale, x, inner, x_stride, k, top_k, parts, limit, down_codes,
+                           down_scales}, pairs / top_k};
+  decode<S>(task, s_all, codes, scales, routing.tiles() * row_blocks, units_of(k), chunks_of(k), partial);
 }
 
-extern "C" __global__ void __launch_bounds__(Shape<2>::kThreads, 1) sm90_nvfp4_moe_down_few(
+extern "C" __global__ void __launch_bounds__(Shape<2>::kThreads, Shape<2>::kBlocks) sm90_nvfp4_moe_down_few(
     const u8* codes, const u8* scales, const float* global_scale, const u16* inner, const int* ids,
-    const float* weights, u16* out /* bf16 [tokens, n] */, float* partial, int* counters, int pairs, int top_k,
+    const float* weights, u16* out /* bf16 [tokens, n] */, float* partial, int pairs, int top_k,
     int experts, int n, int k) {
   using S = Shape<2>;
   extern __shared__ __align__(128) u8 s_all[];
-  const Routing routing(s_all + S::kRouting + 16);
+  const Routing routing(s_all + S::kRouting, kFewPairs);
   if (threadIdx.x < 32) routing.sort_few<S>(ids, pairs, experts);
   __syncthreads();
   const int row_blocks = (n + kTileRows - 1) / kTileRows, tiles = routing.tiles();
-  const DownFew<S> task{{routing, row_blocks}, global_scale, weights, inner, out, n, k, top_k, pairs / top_k};
+  const DownFew<S> task{
+      {{routing, row_blocks}, units_of(k)}, global_scale, weights, inner, out, n, k, top_k, pairs / top_k};
   if (tiles == 0) {  // no expert of this rank
     wait_for_previous_kernel();
     for (int i = blockIdx.x * S::kThreads + threadIdx.x; i < task.m * n; i += gridDim.x * S::kThreads) out[i] = 0;
   }
-  decode<S>(task, s_all, codes, scales, tiles == 0 ? 0 : row_blocks, tiles * units_of(k), chunks_of(k), false, partial,
-            counters);
+  decode<S>(task, s_all, codes, scales, tiles == 0 ? 0 : row_blocks, tiles * units_of(k), chunks_of(k), partial);
 }
 
 __device__ inline u32 packed_bf16(float low, float high) { return to_bf16(low) | static_cast<u32>(to_bf16(high)) << 16; }
@@ -330,22 +359,35 @@ extern "C" __global__ void __launch_bounds__(256) sm90_nvfp4_moe_sum(const float
                                                                      const int* ids,      // [tokens, top_k]
                                                                      u16* out,            // bf16 [tokens, n]
                                                                      int top_k, int experts, int n) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
   const int at = (blockIdx.x * 256 + threadIdx.x) * 4;
   const i64 token = blockIdx.y;
-  if (at >= n) return;
+  constexpr int kAtOnce = 8;
   float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-  for (int slot = 0; slot < top_k; ++slot) {
-    const int e = ids[token * top_k + slot];
-    if (e < 0 || e >= experts) continue;
-    const float4 v = *reinterpret_cast<const float4*>(parts + (token * top_k + slot) * n + at);
-    total.x += v.x;
-    total.y += v.y;
-    total.z += v.z;
-    total.w += v.w;
+  for (int first = 0; first < top_k; first += kAtOnce) {
+    bool local[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {  // known before gate_up began
+      const int e = first + i < top_k ? ids[token * top_k + first + i] : -1;
+      local[i] = at < n && e >= 0 && e < experts;
+    }
+    if (first == 0) {
+      wait_for_previous_kernel();
+      let_next_kernel_start();
+    }
+    float4 v[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      v[i] = local[i] ? __ldcg(reinterpret_cast<const float4*>(parts + (token * top_k + first + i) * n + at))
+                      : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      total.x += v[i].x;
+      total.y += v[i].y;
+      total.z += v[i].z;
+      total.w += v[i].w;
+    }
   }
+  if (at >= n) return;
   const uint2 packed = make_uint2(packed_bf16(total.x, total.y), packed_bf16(total.z, total.w));
   *reinterpret_cast<uint2*>(out + token * n + at) = packed;
 }

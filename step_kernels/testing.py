@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .prepared import TILE
+
 
 def relative_error(out: Tensor, wanted: Tensor) -> float:
     """|out - wanted| / |wanted| in float64; 0 for two empty or two zero tensors, inf where only one is finite."""
@@ -46,15 +48,19 @@ def nvfp4_weight(*shape: int, device: str = "cpu", seed: int = 0, parts: int | N
     return nvfp4.NVFP4Weight(codes.to(device), scales.to(device), scale.to(device))
 
 
-def sample_arguments(op: str, dtype: torch.dtype) -> tuple:
-    """Arguments of an op at Step-3.7-Flash's shapes, eight tokens, meta tensors for support tables."""
+def sample_arguments(op: str, dtype: torch.dtype, prepared: bool = False) -> tuple:
+    """Arguments of an op at Step-3.7-Flash's shapes, eight tokens, meta tensors for support tables; NVFP4 weights in
+    checkpoint layout or `prepared`."""
 
     def of(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def weight(*shape: int, outer: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
-        codes, scales = (*shape[:-1], shape[-1] // 2), (*shape[:-1], shape[-1] // 16)
-        return of(*codes, dtype=torch.uint8), of(*scales, dtype=torch.float8_e4m3fn), of(*outer, dtype=torch.float32)
+        codes, scales, kind = (*shape[:-1], shape[-1] // 2), (*shape[:-1], shape[-1] // 16), torch.float8_e4m3fn
+        if prepared:
+            tiles = *shape[:-2], shape[-2] // TILE, shape[-1] // TILE
+            codes, scales, kind = (*tiles, 2048), (*tiles, 256), torch.uint8
+        return of(*codes, dtype=torch.uint8), of(*scales, dtype=kind), of(*outer, dtype=torch.float32)
 
     def i32(*shape: int) -> Tensor:
         return of(*shape, dtype=torch.int32)

@@ -119,7 +119,7 @@ def test_each_number_of_tokens_goes_to_its_kernel(monkeypatch):
 
     monkeypatch.setattr(launcher.nvfp4_prefill, "linear", prefill)
     monkeypatch.setattr(launcher, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(launcher, "counters", lambda device: torch.zeros(256, dtype=torch.int32))
+    monkeypatch.setattr(launcher, "partials", lambda device: torch.zeros(132 * 512, dtype=torch.int32))
     for n, k in ((96, 4096), (1280, 320), (4096, 160)):
         ready = sk.nvfp4_prepare(nvfp4_weight(n, k))
         tokens = (1, 2, 3, 4, 5, 8, 9, launcher.MOST_TOKENS, launcher.MOST_TOKENS + 1, 100)
@@ -130,6 +130,15 @@ def test_each_number_of_tokens_goes_to_its_kernel(monkeypatch):
         launched.clear()
     empty = launcher.launch(torch.zeros(2, 0, 160).bfloat16(), *fields(ready), n)
     assert empty.shape == (2, 0, 4096) and not launched
+
+
+def test_weights_in_flight_at_once_leave_half_of_each_multiprocessor_to_the_next_kernel(monkeypatch):
+    from step_kernels.cuda import nvfp4_linear as launcher
+
+    monkeypatch.setattr(launcher, "multiprocessors", lambda device: 132)
+    units = {n: n // 64 * 16 for n in (1024, 4096, 8192, 128896)}  # 64 x 256 of n x 4096
+    grids = [[launcher.blocks(torch.device("cuda", 0), t, count) for count in units.values()] for t in (2, 4, 8)]
+    assert grids == [[132, 132, 264, 264], [132, 264, 264, 264], [132, 132, 132, 132]]
 
 
 def test_rows_that_begin_between_multiples_of_8_bytes_are_copied():
@@ -165,9 +174,9 @@ def check(x: torch.Tensor, weight: sk.NVFP4Weight):
 
 
 def cuda(x: torch.Tensor, ready: sk.PreparedWeight) -> torch.Tensor:
-    """The kernel itself, with NaN where its output and its partial sums will be."""
-    for size in (ready.shape[0] * x[..., 0].numel() * 2, 132 * 2 * 8 * 64 * 4):
-        torch.full((size,), 255, dtype=torch.uint8, device="cuda")  # freed: what the allocator hands out next
+    """The kernel itself, with NaN where its output will be."""
+    size = ready.shape[0] * x[..., 0].numel() * 2
+    torch.full((size,), 255, dtype=torch.uint8, device="cuda")  # freed: what the allocator hands out next
     with sk.force("cuda"):
         return sk.nvfp4_linear(x, ready)
 
@@ -284,7 +293,21 @@ def test_gives_the_same_bits_on_every_run_and_in_graphs(m):
 
 
 @gpu
-def test_streams_count_apart():
+@pytest.mark.parametrize("m", [2, 4, 8])
+def test_partial_sums_are_absent_again_after_every_kernel(m):
+    from step_kernels.cuda.nvfp4_linear import partials
+
+    for n, k in ((4096, 4096), (1024, 4096), (320, 12288), (8192, 4096)):
+        ready = sk.nvfp4_prepare(nvfp4_weight(n, k, device="cuda"))
+        x = random_x(m, k)
+        x[0, 5] = torch.nan
+        for _ in range(3):
+            cuda(x, ready)
+        assert (partials(x.device) == -1).all()
+
+
+@gpu
+def test_streams_keep_their_sums_apart():
     ready = sk.nvfp4_prepare(nvfp4_weight(1024, 4096, device="cuda"))
     xs = [random_x(3, 4096, seed) for seed in range(4)]
     wanted = [sk.nvfp4_linear(x, ready) for x in xs]

@@ -21,6 +21,11 @@ SHAPES = (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def prepared_tensors(*lead: int, n: int, k: int, paired: bool = False, seed: int = 0, scales: tuple = (0, 127)):
     """Random prepared codes and scales; the scales' e4m3 bytes from a range, 0 (zero) and 126 (448) included."""
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -69,7 +74,7 @@ def signature(source: str, symbol: str) -> str:
 
 
 def test_launchers_pack_the_parameters_of_their_kernels():
-    for kernel in (prefill.SORT, prefill.GATHER, prefill.COMBINE):
+    for kernel in (prefill.COUNT, prefill.SORT, prefill.GATHER, prefill.COMBINE, prefill.SUM):
         assert kernel._layout.format == signature(kernel.source.stem, kernel.symbol)
     for kernel in (*prefill.PLAIN.values(), *prefill.PAIRED.values()):
         assert kernel._layout.format == signature(kernel.source.stem, "name")
@@ -78,7 +83,8 @@ def test_launchers_pack_the_parameters_of_their_kernels():
 
 def test_bounds_hold_the_tiles_of_any_routing():
     rng = random.Random(0)
-    for largest, sizes in prefill.SIZES.items():
+    for name, sizes in prefill.SIZES.items():
+        largest = sizes[-1]
         for _ in range(300):
             counts = [rng.choice((0, 0, 1, 2, rng.randrange(40), rng.randrange(700))) for _ in range(12)]
             tiles, rows = 0, 0
@@ -86,18 +92,42 @@ def test_bounds_hold_the_tiles_of_any_routing():
                 count = -(-tokens // largest)
                 tiles += count
                 rows += count * next(s for s in sizes if s * count >= tokens)
-            most_tiles, most_rows = prefill.bounds(sum(counts), 12, largest)
+            most_tiles, most_rows = prefill.bounds(sum(counts), 12, name)
             assert tiles <= most_tiles and rows <= most_rows
 
 
-@pytest.mark.parametrize("tokens, n, size", [(64, 8192, 32), (256, 8192, 128), (1024, 8192, 256)])
-def test_dense_tiles_are_the_fastest_measured(tokens, n, size):
-    assert prefill.dense_tile(tokens, n // 256, 66) == size
+def plan(tokens: int, n: int, k: int) -> tuple[str, int, int]:
+    return prefill.dense_plan(tokens, -(-n // 64), -(-k // 64), 132)
 
 
-@pytest.mark.parametrize("mean, largest", [(28, 128), (114, 160), (227, 256), (1000, 256)])
-def test_experts_tiles_follow_their_mean_number_of_tokens(mean, largest):
-    assert prefill.moe_tiles(mean) == largest
+@pytest.mark.parametrize(
+    "n, k, tokens",
+    [(8192, 4096, 1024), (8192, 4096, 8192), (4096, 1280, 1024), (4096, 1280, 8192), (4096, 8192, 8192),
+     (4096, 12288, 8192), (1024, 4096, 8192), (128896, 4096, 1024)],
+)  # fmt: skip
+def test_many_dense_tokens_take_the_tiles_measured_fastest(n, k, tokens):
+    assert plan(tokens, n, k) == ("256", 256, 1)
+
+
+@pytest.mark.parametrize("n, k", [(8192, 4096), (4096, 8192), (1024, 4096), (4096, 12288), (4096, 1280)])
+def test_few_dense_tokens_split_k_until_most_of_the_machine_works(n, k):
+    for tokens in (17, 64):
+        name, size, splits = plan(tokens, n, k)
+        assert name == "few_64" and 60 <= -(-tokens // size) * -(-n // 256) * splits <= 132
+
+
+def test_splits_of_k_are_whole_steps_and_none_is_empty():
+    for tokens in (1, 17, 100, 129, 300):
+        for n, k in (*SHAPES, (64, 64), (576, 448), (7, 80)):
+            chunks, (_, _, splits) = -(-k // 64), plan(tokens, n, k)
+            steps = -(-chunks // prefill.STEP)
+            each = -(-steps // splits)
+            assert (splits - 1) * each < steps <= splits * each
+
+
+@pytest.mark.parametrize("mean, name", [(7, "few_64"), (28, "few_64"), (227, "256"), (1000, "256")])
+def test_experts_tiles_follow_their_mean_number_of_tokens(mean, name):
+    assert prefill.moe_kernel(mean) == name
 
 
 @pytest.mark.gpu
@@ -120,14 +150,16 @@ def test_linear_is_rounded_once_at_every_tile_size(m, monkeypatch):
     codes, scales = prepared_tensors(n=n, k=k, seed=m)
     w, x = dense(codes, scales, n, k), torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     outer = torch.tensor(1.0, device="cuda")
-    for size in {size for sizes in prefill.SIZES.values() for size in sizes}:
-        monkeypatch.setattr(prefill, "dense_tile", lambda *_, size=size: size)
+    plans = [(name, size, 1) for name, sizes in prefill.SIZES.items() for size in sizes]
+    plans += [(name, size, splits) for name, size, _ in plans if name.startswith("few_") for splits in (2, 4)]
+    for plan in plans:
+        monkeypatch.setattr(prefill, "dense_plan", lambda *_, plan=plan: plan)
         poison(2 * m * n)
         out = prefill.linear(x, codes, scales, outer, n)
         try:
             assert_rounded_once(out, x, w, outer)
         except AssertionError as error:
-            raise AssertionError(f"tiles of {size}: {error}") from None
+            raise AssertionError(f"{plan}: {error}") from None
 
 
 @pytest.mark.gpu
@@ -140,6 +172,23 @@ def test_linear_takes_sizes_that_are_no_multiple_of_a_tile(n, k):
     out = prefill.linear(x, codes, scales, outer, n)
     assert_rounded_once(out, x, dense(codes, scales, n, k), outer)
     assert (around == 7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n, k, m", [(130, 4112, 77), (1024, 4096, 64), (4096, 8192, 200)])
+@pytest.mark.parametrize("name", ["few_64", "few_96", "few_128"])
+def test_splits_of_k_sum_in_their_order_to_the_product(name, n, k, m, monkeypatch):
+    codes, scales = prepared_tensors(n=n, k=k)
+    w, x = dense(codes, scales, n, k), torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    outer = torch.tensor([0.5, -3.0], device="cuda")
+    for splits in (1, 3, 11):
+        plan = name, prefill.SIZES[name][-1], splits
+        monkeypatch.setattr(prefill, "dense_plan", lambda *_, plan=plan: plan)
+        poison(64 * m * n)
+        out = prefill.linear(x, codes, scales, outer, n)
+        assert_rounded_once(out, x, w, outer.repeat_interleave(n // 2))
+        poison(64 * m * n)
+        assert torch.equal(prefill.linear(x, codes, scales, outer, n), out)
 
 
 @pytest.mark.gpu
@@ -236,11 +285,34 @@ def assert_moe_close(out, wanted):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("largest", prefill.SIZES)
+@pytest.mark.parametrize("kind", ["random", "zipf", "one expert", "elsewhere", "none"])
+@pytest.mark.parametrize("tokens, top_k", [(1, 1), (1023, 8), (1024, 8), (1100, 8), (5000, 7), (20000, 8)])
+def test_sort_gives_every_pair_a_row_of_its_own_in_its_experts_tiles(tokens, top_k, kind):
+    experts, sizes = 36, prefill.SIZES["128"]
+    ids = routing(kind, tokens, experts, top_k)
+    tiles, rows = prefill.bounds(ids.numel(), experts, "128")
+    position, table, count = prefill.sort(ids, experts, sizes, tiles)
+    wanted, row = [], 0
+    for expert, pairs in enumerate(ids[(ids >= 0) & (ids < experts)].bincount(minlength=experts).tolist()):
+        parts = -(-pairs // sizes[-1])
+        size = next(s for s in sizes if s * parts >= pairs) if pairs else 0
+        wanted += [[expert, row + i * size, size, 0] for i in range(parts)]
+        row += parts * size
+    assert count.item() == len(wanted) <= tiles and table[: len(wanted)].tolist() == wanted and row <= rows
+    owner = torch.full((rows,), -1, dtype=torch.int32, device="cuda")
+    for expert, first, size, _ in wanted:
+        owner[first : first + size] = expert
+    here = (ids >= 0) & (ids < experts)
+    assert (position[~here] == -1).all()
+    assert torch.equal(owner[position[here]], ids[here]) and len(position[here].unique()) == here.sum()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", prefill.SIZES)
 @pytest.mark.parametrize("kind", ["random", "zipf", "one expert", "elsewhere", "none"])
 @pytest.mark.parametrize("tokens, inner, parts, limit", [(17, 1280, 1, None), (700, 320, 2, 7.0), (333, 160, 2, 0.3)])
-def test_moe_is_the_routed_sum(tokens, inner, parts, limit, kind, largest, monkeypatch):
-    monkeypatch.setattr(prefill, "moe_tiles", lambda _: largest)
+def test_moe_is_the_routed_sum(tokens, inner, parts, limit, kind, name, monkeypatch):
+    monkeypatch.setattr(prefill, "moe_kernel", lambda _: name)
     gate_up, down = experts_of(24, 512, inner, parts)
     x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
     ids, weights = routing(kind, tokens, 24, 4), torch.rand(tokens, 4, device="cuda")
@@ -254,7 +326,7 @@ def test_moe_is_the_routed_sum(tokens, inner, parts, limit, kind, largest, monke
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [65, 1024, 4096, 8192])
+@pytest.mark.parametrize("tokens", [65, 1024, 2048, 4096, 8192])
 def test_moe_is_the_routed_sum_at_the_models_size(tokens):
     gate_up, down = experts_of(288, 4096, 1280, 2)
     x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
@@ -282,7 +354,7 @@ def test_kernels_give_the_same_bits_on_every_run_and_in_a_graph_on_new_inputs():
     ids, weights, one = routing("zipf", 2000, 32, 6), torch.rand(2000, 6, device="cuda"), torch.ones((), device="cuda")
 
     def both():
-        dense = [prefill.linear(x[:m], codes, scales, one, 1024) for m in (2000, 600, 64, 17)]
+        dense = [prefill.linear(x[:m], codes, scales, one, 1024) for m in (2000, 600, 64, 17)]  # the last in splits
         return prefill.moe(x, weights, ids, gate_up, down, 320, 7.0), *dense
 
     first = both()

@@ -231,11 +231,16 @@ for name, served, *variant in build.variants():
     assert sum("TILE_K" in line for line in run.stdout.splitlines()) == 3 * 2  # one linear, two of the experts
 
 
+def checkpoint_weight(n, k):
+    """Codes random on the device, in checkpoint layout: that of compute in f32, where bf16 would prepare them."""
+    return RandomWeights(torch.device("cuda"), torch.float32).experts("", 1, k, n).down[0]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [1, 3, 64, 300])
 def test_op_on_the_gpu_errs_no_more_than_torch_and_repeats_its_bits(m, dtype):
-    weight = RandomWeights(torch.device("cuda"), dtype).experts("", 1, 4096, 8192).down[0]
+    weight = checkpoint_weight(8192, 4096)
     x = torch.randn(m, 4096, device="cuda", generator=torch.Generator("cuda").manual_seed(m)).to(dtype)
     with sk.force("triton"):
         assert_close_to_reference(_nvfp4_linear, _nvfp4_linear.reference, x, *fields(weight))
@@ -246,7 +251,7 @@ def test_op_on_the_gpu_errs_no_more_than_torch_and_repeats_its_bits(m, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("n, k", [(1024, 4096), (4096, 11264), (4096, 320), (128896, 4096)])
 def test_a_cuda_graph_replays_the_kernel_on_new_input(n, k):
-    weight = RandomWeights(torch.device("cuda"), torch.bfloat16).experts("", 1, k, n).down[0]
+    weight = checkpoint_weight(n, k)
     x = torch.randn(5, k, device="cuda").bfloat16()
     with sk.force("triton"):
         sk.nvfp4_linear(x, weight)  # compiles it

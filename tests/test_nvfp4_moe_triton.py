@@ -153,8 +153,8 @@ def test_triton_kernels_of_nothing_give_nothing_or_zeros():
 
 
 def full_size(tokens, count, inner, dtype=torch.bfloat16, limit=7.0):
-    """Step's hidden size and top 8, codes random on the device."""
-    experts = RandomWeights(torch.device("cuda"), dtype).experts("", count, inner, 4096)
+    """Step's hidden size and top 8, codes random on the device, in checkpoint layout: bf16 would prepare them."""
+    experts = RandomWeights(torch.device("cuda"), torch.float32).experts("", count, inner, 4096)
     generator = torch.Generator("cuda").manual_seed(tokens)
     x = torch.randn(tokens, 4096, device="cuda", generator=generator).to(dtype)
     weights, ids = torch.rand(tokens, count, device="cuda", generator=generator).topk(8)

@@ -12,8 +12,9 @@
 // scale blocks, so a token has a column for each, zero outside it, and the sums stay apart until they are scaled in f32.
 // At most two tokens: hi and 16 lo (e4m3) are columns of their own; more: the product adds A lo to A hi.
 //
-// Waiting: warpgroups meet where B is built and where a row ends; rows that blocks share meet in `partial`, where the
-// last of their blocks to arrive adds them in the blocks' order. No block waits for another.
+// Waiting: warpgroups meet where B is built and where a row ends. Of a row that blocks share, the block with its first
+// unit adds up the others' parts in their order as they come: a part has come when its slot in `partial` is no longer
+// absent. Blocks take shares from the line's end backwards, so they wait only for blocks that started before them.
 #pragma once
 #include "common/nvfp4_sm90.cuh"
 
@@ -25,7 +26,8 @@ constexpr int kMostExperts = 512;
 constexpr float kRange = 0x1p59f;  // sums are kept times 2^-59, which makes |x| from 2^-70 to 2^71 exact to f32
 constexpr int kFactorBias = 57;    // kRange's other side: (e + 57) << 23 is 2^(e - 127) * 2^57
 
-// kTokens columns' worth of everything. Windows and depths are what 227 KB of shared memory hold.
+// kTokens columns' worth of everything. Windows and depths are what shared memory holds: with up to four tokens two
+// blocks share a multiprocessor: one works while the other ends a row, or is the next kernel's and fetches ahead.
 template <int kTokens_>
 struct Shape {
   static constexpr int kTokens = kTokens_;
@@ -33,10 +35,11 @@ struct Shape {
   static constexpr int kColumns = kSplit ? 8 : 2 * kTokens;
   static constexpr int kSums = kColumns / 2;           // of a thread, a k32 step
   static constexpr int kTotals = kSplit ? 2 : kSums;   // of a thread, a row
-  static constexpr int kGroups = kSplit ? 4 : 3;
+  static constexpr int kBlocks = kTokens == 8 ? 1 : 2;  // on a multiprocessor
+  static constexpr int kGroups = kTokens == 8 ? 3 : 2;
   static constexpr int kThreads = kGroups * kWarpgroup;
-  static constexpr int kDepth = 3;
-  static constexpr int kWindow = kTokens == 2 ? 48 : kTokens == 4 ? 24 : 16;  // units of k whose columns are kept
+  static constexpr int kDepth = kTokens == 2 ? 4 : kTokens == 4 ? 2 : 3;
+  static constexpr int kWindow = 16;  // units of k whose columns are kept
   static constexpr int kUnitColumns = 1024 * kTokens;  // bytes
   static constexpr int kStepColumns = kUnitColumns / 8;
   static constexpr int kPitch = kSplit ? 80 : 72;      // floats of a token's rows: stores of a warp differ in bank
@@ -44,9 +47,8 @@ struct Shape {
   static constexpr int kFactors = kRing + kGroups * kDepth * kUnitBytes;
   static constexpr int kSum = kFactors + kWindow * kTokens * 4;
   static constexpr int kRouting = kSum + kGroups * kTokens * kPitch * 4;
-  static constexpr int kBytes = kRouting + 16;
-  static constexpr int kRoutedBytes = kRouting + 16 + 4 * kMostExperts + 16 + 12 * kMostPairs;
-  static_assert(kRoutedBytes <= 227 * 1024);
+  static constexpr int kBytes = kRouting + 4 * kMostExperts + 16 + 8 * kMostPairs;
+  static_assert(kBytes <= (kBlocks == 1 ? 227 : 113) * 1024);
 };
 
 __device__ inline u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
@@ -55,8 +57,24 @@ __device__ inline u32 shared_address(const void* p) { return static_cast<u32>(__
 __device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ inline void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 
+__device__ inline void meet_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+
 __device__ inline void prefetch_l2(const void* p, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+}
+
+// A pair of sums that another block waits for; kAbsent's bits, which no sum has, until it comes.
+constexpr u32 kAbsent = 0xFFFFFFFF;
+__device__ inline void publish(float2* to, float a, float b) {
+  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(a), "f"(b) : "memory");
+}
+__device__ inline float2 published(const float2* from) {
+  float2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from) : "memory");
+  return v;
+}
+__device__ inline bool absent(const float2& v) {
+  return __float_as_uint(v.x) == kAbsent || __float_as_uint(v.y) == kAbsent;
 }
 
 // Copies of kBytes to kOffset beyond the address; absent ones bring zeros.
@@ -211,16 +229,26 @@ struct Source {
   float scale;
 };
 
-// It as columns and the factor 2^e scale; a warp's work.
-template <class S>
-__device__ inline void build_columns(u8* columns, float* factor, const Source& source, int token) {
-  const int lane = threadIdx.x % 32, block = lane / 2, j = lane % 2;
+// A lane's part of it.
+struct Raw {
+  uint2 low, high;  // k 4j.. and 8 + 4j.. of the lane's block of 16, j = lane % 2
+  float scale;
+};
+__device__ inline Raw load_source(const Source& source) {
+  const int lane = threadIdx.x % 32, block = lane / 2;
   const bool inside = block * 16 < source.k_left;
   const uint2 zero = make_uint2(0, 0);
-  const uint2* at = reinterpret_cast<const uint2*>(source.x) + block * 4 + j;
+  const uint2* at = reinterpret_cast<const uint2*>(source.x) + block * 4 + lane % 2;
   // From L2: with programmatic launch L1 could hold what was there before the kernel that wrote x.
-  const uint2 low = inside ? __ldcg(at) : zero, high = inside ? __ldcg(at + 2) : zero;  // k 4j.. and 8 + 4j..
-  const u32 words[4] = {low.x, low.y, high.x, high.y};
+  return {inside ? __ldcg(at) : zero, inside ? __ldcg(at + 2) : zero, source.scale};
+}
+
+// It as columns and the factor 2^e scale; a warp's work.
+template <class S>
+__device__ inline void build_columns(u8* columns, float* factor, const Raw& raw, int token) {
+  const int lane = threadIdx.x % 32, block = lane / 2, j = lane % 2;
+  const uint2 zero = make_uint2(0, 0);
+  const u32 words[4] = {raw.low.x, raw.low.y, raw.high.x, raw.high.y};
   u32 largest = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) largest = max(largest, max(words[i] & 0x7FFFu, words[i] >> 16 & 0x7FFFu));
@@ -247,7 +275,34 @@ __device__ inline void build_columns(u8* columns, float* factor, const Source& s
   *reinterpret_cast<uint2*>(to + (1 - h) * kHalf) = zero;
   *reinterpret_cast<uint2*>(to + kLow + h * kHalf) = make_uint2(lo[0], lo[1]);
   *reinterpret_cast<uint2*>(to + kLow + (1 - h) * kHalf) = zero;
-  if (lane == 0) *factor = __uint_as_float(min(e + kFactorBias, 255) << 23) * source.scale;
+  if (lane == 0) *factor = __uint_as_float(min(e + kFactorBias, 255) << 23) * raw.scale;
+}
+
+// Columns of `tokens` x `units` sources by this thread's warp, one of `warps`: find(token, unit) says which, k_left < 0
+// for none. Four loads are in flight at a time, each a way to memory and back.
+template <class S, class Find>
+__device__ inline void build_all(u8* shared, int warp, int warps, int tokens, int units, const Find& find) {
+  constexpr int kAtOnce = 4;
+  for (int first = warp; first < tokens * units; first += kAtOnce * warps) {
+    Raw raw[kAtOnce];
+    bool present[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = first + i * warps, token = at / units;
+      Source source{nullptr, -1, 0.0f};
+      if (at < tokens * units) source = find(token, at - token * units);
+      present[i] = source.k_left >= 0;
+      raw[i] = load_source(source);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = first + i * warps, token = at / units, unit = at - token * units;
+      if (present[i])
+        build_columns<S>(shared + unit * S::kUnitColumns,
+                         reinterpret_cast<float*>(shared + S::kFactors) + unit * S::kTokens + token, raw[i], token);
+    }
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ inline u16 to_bf16(float x) {
@@ -268,25 +323,53 @@ struct Place {
   int unit;
 };
 
+// A block's part of a line of `total` units; me < 0 for none.
+struct Share {
+  int size, me, begin, end;
+};
+template <class S>
+__device__ inline Share share_of(int total) {
+  int size = (total + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+  // One that is in flight at once should keep all groups as busy.
+  if (size <= S::kGroups * S::kDepth) size = (size + S::kGroups - 1) / S::kGroups * S::kGroups;
+  const int me = (size ? (total + size - 1) / size : 0) - 1 - static_cast<int>(blockIdx.x);
+  return {size, me, me * size, min((me + 1) * size, total)};
+}
+
+// What the block will read first when a kernel of the same grid multiplies `task`, from memory to L2: more than memory
+// brings while that kernel starts.
+template <class S, class Task>
+__device__ inline void fetch_ahead(const Task& task, const u8* codes, const u8* scales, int rows, int units,
+                                   int chunks) {
+  constexpr int kUnits = 12;
+  const Share share = share_of<S>(rows * units);
+  const int at = share.begin + static_cast<int>(threadIdx.x);
+  if (share.me < 0 || threadIdx.x >= kUnits || at >= share.end) return;
+  const Place place = task.place(at / units, at % units);
+  const i64 tile = place.block * chunks + kUnitChunks * place.unit;
+  const u32 count = min(kUnitChunks, chunks - kUnitChunks * place.unit);
+  prefetch_l2(codes + tile * kTileCodes, count * kTileCodes);
+  prefetch_l2(scales + tile * kTileScales, count * kTileScales);
+}
+
 // Task: what to multiply, `rows` of `units` each.
 //   place(row, unit)         the weights there; a block of them has `chunks` chunks of k
 //   columns_of(row)          the set of tokens that the row multiplies; rows of a set are neighbours and end at rows_end(set)
 //   tokens(set)              at most kTokens
 //   source(set, token, unit) its activations, there after wait_for_activations()
+//   fetched_all()            called when the block has all its weights, by all threads
 //   finish(row, token, pair, a, b)   takes the sums of the pair's rows
-// `built`: the only set's columns are there.
 template <class S, class Task>
 __device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* scales, int rows, int units, int chunks,
-                       bool built,
-                       float* partial,  // [blocks, 2, tokens, 64]
-                       int* counters) { // [blocks], zero before and after
+                       float* partial) {  // [blocks, tokens, 64], absent before and after
   const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
   const int group = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / kWarpgroup), 0);
-  const int total = rows * units, blocks = min(static_cast<int>(gridDim.x), total), me = blockIdx.x;
-  if (me >= blocks) return;
-  const auto first_of = [&](int block) { return static_cast<int>(static_cast<i64>(total) * block / blocks); };
-  const auto owner_of = [&](int unit) { return static_cast<int>((static_cast<i64>(unit + 1) * blocks - 1) / total); };
-  const int begin = first_of(me), end = first_of(me + 1);
+  const Share own = share_of<S>(rows * units);
+  const int share = own.size, me = own.me, begin = own.begin, end = own.end;
+  if (me < 0) {
+    task.wait_for_activations();  // a kernel that has ended vouches for those before it
+    return;
+  }
 
   // The group's next unit to fetch: its codes and scales for this thread and how many chunks of k are left in its row.
   const u32 ring = shared_address(shared + S::kRing) + group * S::kDepth * kUnitBytes;
@@ -328,31 +411,28 @@ __device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* 
 
   float* factors = reinterpret_cast<float*>(shared + S::kFactors);
   float* sums = reinterpret_cast<float*>(shared + S::kSum);
-  int* s_last = reinterpret_cast<int*>(shared + S::kRouting);
   const int token0 = S::kSplit ? t / 2 : t / 2 * 2;  // of this thread's first column
   float total_sum[S::kTotals] = {};
-  int mine = begin + group, loaded_set = built ? 0 : -1, loaded_window = 0;
+  int mine = begin + group, loaded_set = -1, base = 0;
   u32 at = 0;  // in the group's ring
 
   for (int unit = begin; unit < end;) {
-    const int row = unit / units, k0 = unit - row * units, set = task.columns_of(row), window = k0 / S::kWindow;
-    const int stop = min(end, row * units + min(units, (window + 1) * S::kWindow));
-    if (set != loaded_set || window != loaded_window) {
+    const int row = unit / units, k0 = unit - row * units, set = task.columns_of(row);
+    if (set != loaded_set || k0 < base || k0 >= base + S::kWindow) {
       loaded_set = set;
-      loaded_window = window;
-      const int tokens = task.tokens(set), base = window * S::kWindow, count = min(S::kWindow, units - base);
+      base = units <= S::kWindow ? 0 : k0;
       const int needed = min(end, task.rows_end(set) * units) - unit;  // units of the share that multiply this set
       __syncthreads();
-      for (int i = threadIdx.x / 32; i < count * tokens; i += S::kThreads / 32) {
-        const int token = i / count, slot = i - token * count, at = base + slot;
-        if ((at >= k0 ? at - k0 : at - k0 + units) < needed)
-          build_columns<S>(shared + slot * S::kUnitColumns, factors + slot * S::kTokens + token,
-                           task.source(set, token, at), token);
-      }
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      build_all<S>(shared, threadIdx.x / 32, S::kThreads / 32, task.tokens(set), min(S::kWindow, units - base),
+                   [&](int token, int slot) {
+                     const int at = base + slot;
+                     if ((at >= k0 ? at - k0 : at - k0 + units) >= needed) return Source{nullptr, -1, 0.0f};
+                     return task.source(set, token, at);
+                   });
       __syncthreads();
     }
-    const int slot0 = row * units + window * S::kWindow;  // the unit whose columns are the first
+    const int stop = min(end, row * units + min(units, base + S::kWindow));
+    const int slot0 = row * units + base;  // the unit whose columns are the first
     for (; mine < stop; mine += S::kGroups) {
       asm volatile("cp.async.wait_group %0;" ::"n"(S::kDepth - 1) : "memory");
       __syncwarp();  // the scales are other lanes' copies too
@@ -362,7 +442,9 @@ __device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* 
       const u32 s[kUnitChunks] = {load_shared<0>(from_scales + at), load_shared<64>(from_scales + at),
                                   load_shared<128>(from_scales + at), load_shared<192>(from_scales + at)};
       float d[2][4][S::kSums], part[S::kTotals];
-      const u32 b = describe<S>(shared_address(shared)) + (mine - slot0) * (S::kUnitColumns >> 4);
+      // The shuffle tells ptxas that a warp's is one: descriptors stay in uniform registers, 20 instructions fewer.
+      const u32 b = __shfl_sync(
+          0xFFFFFFFFu, describe<S>(shared_address(shared)) + (mine - slot0) * (S::kUnitColumns >> 4), 0);
       multiply_chunks<S>(d[0], c[0], c[1], b);
       multiply_chunks<S>(d[1], c[2], c[3], b + (S::kUnitColumns / 2 >> 4));
       __syncwarp();
@@ -378,6 +460,7 @@ __device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* 
         total_sum[i] = fmaf(part[i], factor[S::kSplit ? 0 : i / 4 * 4 + i % 2], total_sum[i]);
     }
     unit = stop;
+    if (stop == end) task.fetched_all();
     if (stop != end && stop != (row + 1) * units) continue;
 
     // The row ends here: add the scale blocks (lanes t, t ^ 1), the groups, and, if others have parts of it, the blocks.
@@ -396,10 +479,7 @@ __device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* 
 #pragma unroll
     for (int i = 0; i < S::kTotals; ++i) total_sum[i] = 0.0f;
     __syncthreads();
-    const int tokens = task.tokens(set), from = row * units;
-    const bool whole = begin <= from && from + units <= end;
-    const int low_block = whole ? me : owner_of(from), high_block = whole ? me : owner_of(from + units - 1);
-    float* part = partial + static_cast<i64>(me * 2 + (row != begin / units)) * S::kTokens * kTileRows;
+    const int tokens = task.tokens(set), row_end = (row + 1) * units;
     for (int i = threadIdx.x; i < tokens * 32; i += S::kThreads) {
       const int token = i / 32, pair = i % 32;
       const float* at = sums + token * S::kPitch + pair_row(pair);
@@ -409,29 +489,27 @@ __device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* 
         a += at[q * S::kTokens * S::kPitch];
         b += at[q * S::kTokens * S::kPitch + 8];
       }
-      if (whole) task.finish(row, token, pair, a, b);
-      else reinterpret_cast<float2*>(part)[i] = make_float2(a, b);
-    }
-    if (whole) continue;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      *s_last = atomicAdd(counters + low_block, 1) == high_block - low_block;
-      if (*s_last) counters[low_block] = 0;
-      __threadfence();
-    }
-    __syncthreads();
-    if (!*s_last) continue;
-    for (int i = threadIdx.x; i < tokens * 32; i += S::kThreads) {
-      float a = 0.0f, b = 0.0f;
-      for (int block = low_block; block <= high_block; ++block) {
-        const bool second = first_of(block) / units != row;
-        const float* p = partial + static_cast<i64>(block * 2 + second) * S::kTokens * kTileRows;
-        const float2 v = __ldcg(reinterpret_cast<const float2*>(p) + i);
-        a += v.x;
-        b += v.y;
+      const auto slot = [&](int block) { return reinterpret_cast<float2*>(partial) + block * S::kTokens * 32 + i; };
+      if (row * units < begin) {
+        publish(slot(me), a, b);
+        continue;
       }
-      task.finish(row, i / 32, i % 32, a, b);
+      constexpr int kAtOnce = 4;  // a way to L2 and back
+      for (int other = me + 1; other * share < row_end; other += kAtOnce) {
+        float2 v[kAtOnce];
+#pragma unroll
+        for (int q = 0; q < kAtOnce; ++q)
+          if ((other + q) * share < row_end) v[q] = published(slot(other + q));
+#pragma unroll
+        for (int q = 0; q < kAtOnce; ++q) {
+          if ((other + q) * share >= row_end) break;
+          while (absent(v[q])) v[q] = published(slot(other + q));
+          a += v[q].x;
+          b += v[q].y;
+          *slot(other + q) = make_float2(__uint_as_float(kAbsent), __uint_as_float(kAbsent));
+        }
+      }
+      task.finish(row, token, pair, a, b);
     }
   }
 }

@@ -90,6 +90,9 @@ class Kernel:
                     limit = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                     what = f"{self.symbol}: {self.shared_bytes} bytes of shared memory"
                     _checked(cuda.cuFuncSetAttribute(function, limit, self.shared_bytes), what)
+                    # All of the multiprocessor's, so that a block of the next kernel fits beside this one's.
+                    carveout = cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                    _checked(cuda.cuFuncSetAttribute(function, carveout, 100), what)
                 self._functions[device] = function
             return self._functions[device]
 

@@ -12,14 +12,17 @@ from . import nvfp4_prefill
 from .driver import Kernel
 
 MOST_TOKENS = 16  # to decode; from 9 on every 8 read the weight again, which costs as much as the prefill kernel's tile
-SHARED_BYTES = 227 * 1024  # all that a block can have: one block on each multiprocessor
-THREADS = {2: 512, 4: 384, 8: 384}
 # By the tokens that share a read of the weight: 2 of them take two MMA columns a scale block each, more take one.
+THREADS = {2: 256, 4: 256, 8: 384}
+BLOCKS = {2: 2, 4: 2, 8: 1}  # on a multiprocessor, which has 228 KB of shared memory less 1 KB a block
+SHARED_BYTES = {t: 227 * 1024 if blocks == 1 else 113 * 1024 for t, blocks in BLOCKS.items()}
+IN_FLIGHT = {2: 8, 4: 4, 8: 9}  # units of 64 rows x 256 k that a block fetches before it has used one
 VARIANTS = {
-    t: Kernel("sm90_nvfp4_linear", f"sm90_nvfp4_linear_t{t}", "PPPPPPPqiiii", SHARED_BYTES, dependent=True)
+    t: Kernel("sm90_nvfp4_linear", f"sm90_nvfp4_linear_t{t}", "PPPPPPqiiii", SHARED_BYTES[t], dependent=True)
     for t in THREADS
 }
-_STREAMS = 64  # that may compute at a time without sharing counters
+_STREAMS = 64  # that may compute at a time without sharing partial sums
+_ABSENT = -1  # no sum has these bits
 
 
 def refuse(x: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor, n: int | None = None) -> str | None:
@@ -40,12 +43,10 @@ def launch(x: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor, n: in
     if out.numel() == 0 or k == 0:
         return out.zero_()
     x, tokens = rows(x.reshape(-1, k)), variant(m)
-    blocks = multiprocessors(x.device.index)
-    arguments = (codes.contiguous(), scales.contiguous(), global_scale.contiguous(), x, out)
+    arguments = (codes.contiguous(), scales.contiguous(), global_scale.contiguous(), x, out, partials(x.device))
     shape = (x.stride(0), m, n, k, n // max(1, global_scale.numel()))
-    VARIANTS[tokens].launch(
-        (blocks, 1, 1), THREADS[tokens], *arguments, partials(x, blocks, tokens), counters(x.device), *shape
-    )
+    count = blocks(x.device, tokens, codes.shape[0] * -(-k // 256) * -(-m // tokens))
+    VARIANTS[tokens].launch((count, 1, 1), THREADS[tokens], *arguments, *shape)
     return out
 
 
@@ -60,13 +61,14 @@ def rows(x: Tensor) -> Tensor:
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
-def partials(x: Tensor, blocks: int, tokens: int) -> Tensor:
-    """Room for the sums of each block's first and last 64 rows, which other blocks may share."""
-    return x.new_empty(blocks, 2, tokens, 64, dtype=torch.float32)
+def blocks(device: torch.device, tokens: int, units: int | None = None) -> int:
+    """As many as run at once; one a multiprocessor if it has all units in flight and so leaves the next kernel room."""
+    count = multiprocessors(device.index)
+    return count if units is not None and units <= count * IN_FLIGHT[tokens] else count * BLOCKS[tokens]
 
 
-def counters(device: torch.device) -> Tensor:
-    """i32 [256] of this stream's own, zero; a kernel that counts in them leaves zeros."""
+def partials(device: torch.device) -> Tensor:
+    """i32 [512 a multiprocessor] of this stream's own, absent; a kernel that keeps sums there leaves it so."""
     pool, taken = _pool(device.index)
     stream = torch.cuda.current_stream(device).cuda_stream
     return pool[taken.setdefault(stream, len(taken) % _STREAMS)]
@@ -79,9 +81,10 @@ def multiprocessors(device: int) -> int:
 
 @functools.cache
 def _pool(device: int) -> tuple[Tensor, dict[int, int]]:
-    """Made before any stream uses it: a graph's capture must not be the first, or its zeros would come at replay."""
+    """Made before any stream uses it: a graph's capture must not be the first, or its filling would come at replay."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("nvfp4 kernels: call one on this GPU before capturing a CUDA graph")
-    pool = torch.zeros(_STREAMS, 256, dtype=torch.int32, device=f"cuda:{device}")
+    size = 64 * max(t * count for t, count in BLOCKS.items()) * multiprocessors(device)
+    pool = torch.full((_STREAMS, size), _ABSENT, dtype=torch.int32, device=f"cuda:{device}")
     torch.cuda.synchronize(device)
     return pool, {}

@@ -8,18 +8,21 @@ from torch import Tensor
 
 from . import nvfp4_prefill
 from .driver import Kernel
-from .nvfp4_linear import SHARED_BYTES, THREADS, counters, multiprocessors, partials, rows, variant
+from .nvfp4_linear import BLOCKS, SHARED_BYTES, THREADS, multiprocessors, partials, rows, variant
 
 MOST_PAIRS = 512  # (token, slot) pairs to decode, which each block sorts: 64 tokens of 8 experts
 MOST_EXPERTS = 512
 FEW_TOKENS, FEW_PAIRS = 2, 32  # whose columns fit beside all of k, and which one warp sorts
 GATE_UP, DOWN = (
-    {t: Kernel("sm90_nvfp4_moe", f"sm90_nvfp4_moe_{part}_t{t}", types, SHARED_BYTES, dependent=True) for t in THREADS}
-    for part, types in (("gate_up", "PPPPPPPPqiiiiiif"), ("down", "PPPPPPPPPiiii"))
+    {
+        t: Kernel("sm90_nvfp4_moe", f"sm90_nvfp4_moe_{part}_t{t}", types, SHARED_BYTES[t], dependent=True)
+        for t in THREADS
+    }
+    for part, types in (("gate_up", "PPPPPPPqiiiiiifPP"), ("down", "PPPPPPPPiiii"))
 )
 GATE_UP_FEW, DOWN_FEW = (
-    Kernel("sm90_nvfp4_moe", f"sm90_nvfp4_moe_{part}_few", types, SHARED_BYTES, dependent=True)
-    for part, types in (("gate_up", "PPPPPPPPqiiiiiif"), ("down", "PPPPPPPPPiiiii"))
+    Kernel("sm90_nvfp4_moe", f"sm90_nvfp4_moe_{part}_few", types, SHARED_BYTES[2], dependent=True)
+    for part, types in (("gate_up", "PPPPPPPqiiiiiifPP"), ("down", "PPPPPPPPiiiii"))
 )
 SUM = Kernel("sm90_nvfp4_moe", "sm90_nvfp4_moe_sum", "PPPiii", dependent=True)
 
@@ -54,20 +57,21 @@ def launch(
         return nvfp4_prefill.moe(x, weights, ids, gate_up, down, inner_size, limit)
     few = tokens <= FEW_TOKENS and pairs <= FEW_PAIRS
     shared = tile(tokens, pairs, experts)
-    blocks = multiprocessors(x.device.index)
-    scratch = partials(x, blocks, shared), counters(x.device)
+    grid, partial = (BLOCKS[shared] * multiprocessors(x.device.index), 1, 1), partials(x.device)
     inner = x.new_empty(pairs, inner_size)
-    (GATE_UP_FEW if few else GATE_UP[shared]).launch(
-        (blocks, 1, 1), THREADS[shared], *gate_up, x, ids, inner, *scratch, x.stride(0), pairs, top_k, experts,
-        row_blocks, hidden, gate_up_global.dim(), float("inf") if limit is None else limit,
+    arguments = (
+        *gate_up, x, ids, inner, partial, x.stride(0), pairs, top_k, experts, row_blocks, hidden,
+        gate_up_global.dim(), float("inf") if limit is None else limit, *down[:2],
     )  # fmt: skip
     if few:
+        GATE_UP_FEW.launch(grid, THREADS[shared], *arguments)
         sizes = (pairs, top_k, experts, hidden, inner_size)
-        DOWN_FEW.launch((blocks, 1, 1), THREADS[shared], *down, inner, ids, weights, out, *scratch, *sizes)
+        DOWN_FEW.launch(grid, THREADS[shared], *down, inner, ids, weights, out, partial, *sizes)
         return out
+    GATE_UP[shared].launch(grid, THREADS[shared], *arguments)
     parts = x.new_empty(pairs, hidden, dtype=torch.float32)
     sizes = (pairs, experts, hidden, inner_size)
-    DOWN[shared].launch((blocks, 1, 1), THREADS[shared], *down, inner, ids, weights, parts, *scratch, *sizes)
+    DOWN[shared].launch(grid, THREADS[shared], *down, inner, ids, weights, parts, partial, *sizes)
     SUM.launch((-(-hidden // 1024), tokens, 1), 256, parts, ids, out, top_k, experts, hidden)
     return out
 

@@ -1,4 +1,4 @@
-"""Launchers of csrc/sm90_nvfp4_prefill.cu and sm90_nvfp4_moe_prefill.cu: prepared NVFP4 weights and many bf16 tokens.
+"""Launchers of csrc/sm90_nvfp4_{prefill,prefill_few,moe_prefill}.cu: prepared NVFP4 weights and many bf16 tokens.
 
 Prepared codes are u8 [..., blocks, chunks, 2048], scales u8 [..., blocks, chunks, 256]: a tile of 64 rows x 64 k each.
 """
@@ -13,22 +13,43 @@ from torch import Tensor
 
 from .driver import Kernel
 
-# Tile sizes (tokens) of each kernel, ascending, by the largest. A kernel's sizes share its registers: no more fit.
-SIZES = {128: (32, 64, 96, 128), 160: (64, 96, 128, 160), 256: (128, 224, 256)}
+# Tile sizes (tokens) of each kernel, ascending. A kernel's sizes share its registers: no more fit.
+SIZES = {
+    "few_64": (32, 64), "few_96": (64, 96), "few_128": (128,),
+    "128": (32, 64, 96, 128), "160": (64, 96, 128, 160), "256": (128, 224, 256),
+}  # fmt: skip
 TILE_ROWS, TILE_K = 64, 64
-CLUSTER_BLOCKS = 4  # two CTAs of two 64-row blocks
+BLOCKS = 4  # of 64 rows: a few_ kernel's CTA, or a cluster of two CTAs
+STEP = 2  # chunks of 64 k that a few_ kernel takes at a time
 BOX = 32  # tokens of one copy
-THREADS = 384
-SHARED_BYTES = 1024 + 4 * 256 * 128 + 2 * 256 * 128  # alignment, stages of x, staged outputs
 GROUP = 8  # token tiles that go through the weight together: 16 MB of x at k = 4096, so that L2 holds them
 MAX_EXPERTS = 1024  # threads of the sort, one an expert
 _LARGEST = 1 << 30  # bytes of sorted x at a time, without its padding
 
+_SHARE = 1024  # pairs of a block of the sort, where there are at least 8 such shares
+
+# Alignment, stages of x (and of the weights), staged outputs.
+_SHARED_BYTES = {name: 1024 + 4 * 256 * 128 + 2 * 256 * 128 for name in SIZES}
+for _name, _steps, _most in (("few_64", 5, 64), ("few_96", 4, 96), ("few_128", 3, 128)):
+    _SHARED_BYTES[_name] = 1024 + _steps * STEP * (_most * 128 + BLOCKS * 2304) + BLOCKS * _most * 128
+
+
 # The tensor maps are one parameter, the last: the driver reads its 256 bytes from the first q's address.
-_PARAMETERS = "PPPPPiiiiiiiif" + 32 * "q"
-PLAIN = {s: Kernel("sm90_nvfp4_prefill", f"sm90_nvfp4_prefill_plain_{s}", _PARAMETERS, SHARED_BYTES) for s in SIZES}
-PAIRED = {s: Kernel("sm90_nvfp4_prefill", f"sm90_nvfp4_prefill_paired_{s}", _PARAMETERS, SHARED_BYTES) for s in SIZES}
-SORT = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_sort", "PPPPiiiiii")
+def _kernels(kind: str) -> dict[str, Kernel]:
+    kernels = {}
+    for name, shared_bytes in _SHARED_BYTES.items():
+        size = name.removeprefix("few_")
+        source, parameters = ("_few", "PPPPPPiiiiiiiiif") if name != size else ("", "PPPPPiiiiiiiif")
+        source = f"sm90_nvfp4_prefill{source}"
+        symbol, parameters = f"{source}_{kind}_{size}", parameters + 32 * "q"
+        kernels[name] = Kernel(source, symbol, parameters, shared_bytes, dependent=name != size)
+    return kernels
+
+
+PLAIN, PAIRED = _kernels("plain"), _kernels("paired")
+SUM = Kernel("sm90_nvfp4_prefill_few", "sm90_nvfp4_prefill_few_sum", "PPPiiiii", dependent=True)
+COUNT = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_count", "PPii")
+SORT = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_sort", "PPPPPiiiiii")
 GATHER = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_gather", "PPPqii")
 COMBINE = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_combine", "PPPPii")
 
@@ -39,13 +60,20 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor, n: in
     out = x.new_empty(len(rows), -(-n // 8) * 8)  # the copy engine writes rows of a multiple of 16 bytes
     if out.numel() == 0 or x.numel() == 0:
         return x.new_zeros(*x.shape[:-1], n)
-    clusters = _clusters(x.device.index)
-    row_tiles = -(-codes.shape[0] // CLUSTER_BLOCKS)
-    size = dense_tile(len(rows), row_tiles, clusters)
+    blocks, chunks = codes.shape[:2]
+    multiprocessors = _multiprocessors(x.device.index)
+    name, size, splits = dense_plan(len(rows), blocks, chunks, multiprocessors)
     token_tiles = -(-len(rows) // size)
-    kernel = PLAIN[min(largest for largest, sizes in SIZES.items() if size in sizes)]
-    work = (0, 0, token_tiles, size, GROUP, row_tiles)
-    _product(kernel, rows, (codes, scales, global_scale), work, out, n, min(clusters, token_tiles * row_tiles))
+    weight = (codes, scales, global_scale.contiguous())
+    if name.startswith("few_"):
+        units = token_tiles * size // BOX
+        partial = rows.new_empty(splits, units, blocks, TILE_ROWS * BOX, dtype=torch.float32) if splits > 1 else 0
+        _few(PLAIN[name], rows, weight, (0, 0, partial, token_tiles, size), splits, out, n, multiprocessors)
+        if splits > 1:
+            values = (splits, len(rows), global_scale.numel(), n, out.shape[1])
+            SUM.launch((blocks, units, 1), 128, partial, weight[2], out, *values)
+    else:
+        _many(PLAIN[name], rows, weight, (0, 0, token_tiles, size, GROUP), out, n, multiprocessors)
     return out[:, :n].reshape(*x.shape[:-1], n)
 
 
@@ -70,68 +98,114 @@ def moe(
 
 def _moe(x, weights, ids, gate_up, down, inner_size, limit, out) -> None:
     (tokens, hidden), (_, top_k), experts = x.shape, ids.shape, len(gate_up[0])
-    largest = moe_tiles(ids.numel() / experts)
-    tiles, rows = bounds(ids.numel(), experts, largest)
-    sizes = SIZES[largest]
-    position = torch.empty_like(ids)
-    table, count = ids.new_empty(tiles, 4), ids.new_empty(1)
+    name = moe_kernel(ids.numel() / experts)
+    tiles, rows = bounds(ids.numel(), experts, name)
+    position, table, count = sort(ids, experts, SIZES[name], tiles)
     sorted_rows, inner = x.new_empty(rows, hidden), x.new_empty(rows, inner_size)
-    sizes = (*sizes, *[largest] * (4 - len(sizes)))
-    SORT.launch((1, 1, 1), 1024, ids, position, table, count, ids.numel(), experts, *sizes)
     GATHER.launch((tokens, 1, 1), 256, x, position, sorted_rows, x.stride(0), hidden, top_k)
-    clusters = _clusters(x.device.index)
+    multiprocessors = _multiprocessors(x.device.index)
     limit = float("inf") if limit is None else limit
     for kernel, values, weight, to, columns in (
-        (PAIRED[largest], sorted_rows, gate_up, inner, 32),
-        (PLAIN[largest], inner, down, sorted_rows, 64),  # the sorted x has been read
+        (PAIRED[name], sorted_rows, gate_up, inner, 32),
+        (PLAIN[name], inner, down, sorted_rows, 64),  # the sorted x has been read
     ):
-        row_tiles = -(-weight[0].shape[1] // CLUSTER_BLOCKS)
-        work = (table, count, 0, 0, 1, row_tiles)
-        _product(kernel, values, weight, work, to, to.shape[1], min(clusters, tiles * row_tiles), limit, columns)
+        weight = (*weight[:2], weight[2].contiguous())
+        if name.startswith("few_"):
+            work = (table, count, 0, tiles, 0)
+            _few(kernel, values, weight, work, 1, to, to.shape[1], multiprocessors, limit, columns)
+        else:
+            work = (table, count, tiles, 0, 1)
+            _many(kernel, values, weight, work, to, to.shape[1], multiprocessors, limit, columns)
     COMBINE.launch((tokens, 1, 1), 256, sorted_rows, weights, position, out, hidden, top_k)
 
 
-def dense_tile(tokens: int, row_tiles: int, clusters: int) -> int:
-    """Tokens a tile for the shortest way through all tiles, each cluster taking one at a time."""
+def sort(ids: Tensor, experts: int, sizes: tuple[int, ...], tiles: int) -> tuple[Tensor, Tensor, Tensor]:
+    """i32 ids -> each one's row in sorted x or -1, table [tiles, 4] {expert, first row, size, 0}, tiles used [1]."""
+    position, table, count = torch.empty_like(ids), ids.new_empty(tiles, 4), ids.new_empty(1)
+    pairs, counts, blocks = ids.numel(), 0, ids.numel() // _SHARE
+    if blocks < 8:
+        blocks = 1
+    else:
+        counts = ids.new_empty(blocks, experts)
+        COUNT.launch((blocks, 1, 1), 1024, ids, counts, pairs, experts)
+    values = (ids, counts, position, table, count, pairs, experts, *(sizes + 3 * sizes[-1:])[:4])
+    SORT.launch((blocks, 1, 1), 1024, *values)
+    return position, table, count
 
-    def clocks(size: int) -> int:
-        return -(-(-(-tokens // size) * row_tiles) // clusters) * _chunk_clocks(size)
 
-    return min(sorted(set().union(*SIZES.values())), key=clocks)
+# Clocks of 256 rows x 64 k by tile size: of an SM (few_ kernels; predicted), or of a cluster of two (measured, H200).
+_FEW_CLOCKS = {32: 640, 64: 680, 96: 980, 128: 1300}
+_CLOCKS = {32: 550, 64: 600, 96: 745, 128: 765, 160: 940, 224: 1120, 256: 1240}
+_TILE_CLOCKS = 3000  # of a tile's first copies and its output
+_SUM_CLOCKS = 4000  # of the kernel that adds the splits, besides its 2000 bytes a clock
 
 
-def moe_tiles(mean: float) -> int:
-    """Which kernel, by its largest tile, is best where experts have `mean` tokens, give or take its square root."""
+@functools.lru_cache(1024)
+def dense_plan(tokens: int, blocks: int, chunks: int, multiprocessors: int) -> tuple[str, int, int]:
+    """Kernel, tokens a tile and splits of k for the shortest way through all tiles."""
+    row_tiles, steps = -(-blocks // BLOCKS), -(-chunks // STEP)
+    plans = []
+    for size in _CLOCKS:
+        tiles = -(-tokens // size) * row_tiles
+        name = next(name for name, sizes in SIZES.items() if size in sizes and not name.startswith("few_"))
+        clocks = -(-tiles // (multiprocessors // 2)) * (chunks * _CLOCKS[size] + _TILE_CLOCKS)
+        plans.append((clocks, name, size, 1))
+    for size in _FEW_CLOCKS:
+        tiles = -(-tokens // size) * row_tiles
+        name = next(name for name, sizes in SIZES.items() if size in sizes and name.startswith("few_"))
+        for each in {-(-steps // splits) for splits in range(1, 33)}:
+            splits = -(-steps // each)
+            clocks = -(-tiles * splits // multiprocessors) * (each * STEP * _FEW_CLOCKS[size] + _TILE_CLOCKS)
+            if splits > 1:
+                clocks += _SUM_CLOCKS + tiles * splits * size * BLOCKS * TILE_ROWS * 4 // 2000
+            plans.append((clocks, name, size, splits))
+    return min(plans)[1:]
 
-    def clocks(largest: int) -> float:
-        total = 0
+
+def moe_kernel(mean: float) -> str:
+    """The kernel that is best where experts have `mean` tokens, give or take its square root."""
+
+    def clocks(name: str) -> float:
+        total, largest, few = 0, SIZES[name][-1], name.startswith("few_")
         for tokens in (mean + deviations * mean**0.5 for deviations in (-1.5, -0.5, 0.5, 1.5)):
             count = max(1, -(-tokens // largest))
-            total += count * _chunk_clocks(next(s for s in SIZES[largest] if s * count >= tokens))
+            size = next(s for s in SIZES[name] if s * count >= tokens)
+            total += count * (_FEW_CLOCKS[size] + 80 if few else 2 * (_CLOCKS[size] + 80))
         return total
 
     return min(SIZES, key=clocks)
 
 
-def bounds(pairs: int, experts: int, largest: int) -> tuple[int, int]:
-    """The most tiles and rows of sorted x that any routing of `pairs` can need."""
-    sizes = (0, *SIZES[largest])
-    tiles = pairs // largest + min(experts, pairs)
+def bounds(pairs: int, experts: int, name: str) -> tuple[int, int]:
+    """The most tiles and rows of sorted x that any routing of `pairs` can need in a kernel."""
+    sizes = (0, *SIZES[name])
+    tiles = pairs // sizes[-1] + min(experts, pairs)
     return tiles, pairs + tiles * max(b - a for a, b in zip(sizes, sizes[1:]))
 
 
-def _chunk_clocks(size: int) -> int:
-    """Of 128 rows x 64 k: the tensor cores', 4 a token, or the issue slots' that expand the codes."""
-    return max(4 * size, 330 + size // 4) + 80
-
-
-def _product(kernel, x, weight, work, out, rows, clusters, limit=0.0, box_columns=64) -> None:
-    codes, scales, global_scale = weight
-    blocks, chunks = codes.shape[-3:-1]
-    parts = global_scale.numel() // (len(codes) if codes.dim() == 4 else 1)
-    values = (*work, blocks, chunks, parts, rows, limit)
+def _few(kernel, x, weight, work, splits, out, rows, multiprocessors, limit=0.0, box_columns=64) -> None:
+    """`work`: tiles, tile_count, partial, (at most) token_tiles, tile_tokens."""
+    shape = _shape(weight)
+    row_tiles, steps = -(-shape[0] // BLOCKS), -(-shape[1] // STEP)
+    values = (*work, row_tiles, splits, -(-steps // splits), *shape, rows, limit)
+    grid = (min(multiprocessors, work[3] * row_tiles * splits), 1, 1)
     maps = (*tensor_map(x, TILE_K), *tensor_map(out, box_columns))
-    kernel.launch((2 * clusters, 1, 1), THREADS, codes, scales, global_scale.contiguous(), *values, *maps)
+    kernel.launch(grid, 128 * (1 + BLOCKS), *weight, *values, *maps)
+
+
+def _many(kernel, x, weight, work, out, rows, multiprocessors, limit=0.0, box_columns=64) -> None:
+    """`work`: tiles, tile_count, (at most) token_tiles, tile_tokens, group."""
+    shape = _shape(weight)
+    row_tiles = -(-shape[0] // BLOCKS)
+    clusters = min(multiprocessors // 2, work[2] * row_tiles)
+    maps = (*tensor_map(x, TILE_K), *tensor_map(out, box_columns))
+    kernel.launch((2 * clusters, 1, 1), 384, *weight, *work, row_tiles, *shape, rows, limit, *maps)
+
+
+def _shape(weight) -> tuple[int, int, int]:
+    """Blocks of 64 rows, chunks of 64 k, and the parts of rows that have a global scale of their own."""
+    codes, _, global_scale = weight
+    return *codes.shape[-3:-1], global_scale.numel() // (len(codes) if codes.dim() == 4 else 1)
 
 
 def _copyable(x: Tensor) -> Tensor:
@@ -141,9 +215,8 @@ def _copyable(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _clusters(device: int) -> int:
-    """Clusters that run at once: two multiprocessors each."""
-    return torch.cuda.get_device_properties(device).multi_processor_count // 2
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tensor_map(x: Tensor, columns: int) -> tuple[int, ...]:

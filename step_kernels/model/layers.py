@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..nvfp4 import NVFP4Weight
 from ..ops import nvfp4_linear, rms_norm, swiglu
+from ..prepared import PreparedWeight
 from .config import LayerConfig
 
 
@@ -23,9 +24,9 @@ class RMSNorm:
         return rms_norm(x, self.weight, self.eps)
 
 
-def linear(x: Tensor, weight: Tensor | NVFP4Weight) -> Tensor:
-    """x times the weight's transpose, for a weight in either format."""
-    return nvfp4_linear(x, weight) if isinstance(weight, NVFP4Weight) else F.linear(x, weight)
+def linear(x: Tensor, weight: Tensor | NVFP4Weight | PreparedWeight) -> Tensor:
+    """x times the weight's transpose, for a weight in any format."""
+    return F.linear(x, weight) if isinstance(weight, Tensor) else nvfp4_linear(x, weight)
 
 
 class MLP:

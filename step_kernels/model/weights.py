@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..nvfp4 import BLOCK, NVFP4Experts, NVFP4Weight
-from ..ops import nvfp4_moe
+from ..ops import nvfp4_moe, nvfp4_prepare, prepares
 from ..ops.nvfp4_moe import moe_loop
+from ..prepared import PreparedWeight
 from .checkpoint import Checkpoint, CheckpointError
 
 FP8_BLOCK = 128  # rows and columns that share a weight_scale_inv in the FP8 release
@@ -65,6 +66,11 @@ def routed_sum(x: Tensor, weights: Tensor, ids: Tensor, experts, limit: float | 
     return moe_loop(x, weights, ids, limit, count=count, expert=lambda e: experts.expert(e, compute))
 
 
+def kernel_layout(weight, device: torch.device, dtype: torch.dtype):
+    """An NVFP4 weight or experts as the device's kernels for `dtype` read them: prepared, or as they are."""
+    return nvfp4_prepare(weight) if dtype == torch.bfloat16 and prepares(device) else weight
+
+
 class Weights:
     """A checkpoint's parameters. `finish` fails where the model left one of them unread."""
 
@@ -92,14 +98,15 @@ class Weights:
             raise CheckpointError(f"{self._where(name)}: got {value.tolist()}, wanted one positive scale")
         return value.float().reshape(()).to(self.device)
 
-    def linear(self, module: str, out: int, inner: int) -> Tensor | NVFP4Weight:
-        """The [out, inner] weight of a linear layer, in the compute dtype or as NVFP4."""
+    def linear(self, module: str, out: int, inner: int) -> Tensor | NVFP4Weight | PreparedWeight:
+        """The [out, inner] weight of a linear layer, in the compute dtype or as NVFP4, in the kernels' layout."""
         name = f"{module}.weight"
         if not self._is_nvfp4(name):
             return self.tensor(name, (out, inner))
         self._expect_nvfp4(module, (out, inner), ())
         codes, scales, outer = (self._read(f"{module}.{part}") for part in ("weight", "weight_scale", "weight_scale_2"))
-        return NVFP4Weight(*(t.to(self.device) for t in (codes, scales, self._positive(module, outer).reshape(()))))
+        parts = codes, scales, self._positive(module, outer).reshape(())
+        return self._prepared(NVFP4Weight(*(t.to(self.device) for t in parts)), module)
 
     def experts(self, module: str, count: int, inner: int, hidden: int):
         """The stacked experts `module`.{gate,up,down}_proj, read one expert at a time."""
@@ -134,14 +141,19 @@ class Weights:
             return self._positive(f"{module}.{projection}", self._read(f"{module}.{projection}.weight_scale_2"))
 
         pair, down = ("gate_proj", "up_proj"), ("down_proj",)
-        return NVFP4Experts(
-            NVFP4Weight(
-                part("weight", *pair),
-                part("weight_scale", *pair),
-                torch.stack([outer(p) for p in pair], 1).to(self.device),
-            ),
-            NVFP4Weight(part("weight", *down), part("weight_scale", *down), outer(*down).to(self.device)),
+        gate_up = NVFP4Weight(
+            part("weight", *pair),
+            part("weight_scale", *pair),
+            torch.stack([outer(p) for p in pair], 1).to(self.device),
         )
+        down = NVFP4Weight(part("weight", *down), part("weight_scale", *down), outer(*down).to(self.device))
+        return self._prepared(NVFP4Experts(gate_up, down), module)
+
+    def _prepared(self, weight, module: str):
+        try:
+            return kernel_layout(weight, self.device, self.dtype)
+        except ValueError as e:
+            raise CheckpointError(f"{self._where(module)}: {e}") from None
 
     def _fp8(self, module: str, shape: tuple[int, ...]) -> FP8Weight:
         blocks = tuple(-(-n // FP8_BLOCK) for n in shape[1:])
@@ -221,7 +233,8 @@ class RandomWeights:
             return DenseExperts(
                 torch.cat((gate, up), 1), self.tensor(f"{module}.down_proj.weight", (count, hidden, inner))
             )
-        return NVFP4Experts(self._codes(count, 2 * inner, hidden, parts=2), self._codes(count, hidden, inner))
+        experts = NVFP4Experts(self._codes(count, 2 * inner, hidden, parts=2), self._codes(count, hidden, inner))
+        return kernel_layout(experts, self.device, self.dtype)
 
     def finish(self) -> None:
         pass
