@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
-import itertools
-from functools import cache
+from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
-from step_kernels.model.weights import RandomWeights
+from step_kernels.model.weights import kernel_layout
+from step_kernels.nvfp4 import NVFP4Weight
 from step_kernels.ops.nvfp4_linear import _nvfp4_linear
-from step_kernels.prepared import TILE
-from step_kernels.testing import relative_error
 
-SHAPES = (
-    (4096, 4096), (8192, 4096), (12288, 4096), (4096, 8192), (4096, 12288), (1024, 4096), (11264, 4096), (4096, 11264),
-    (1280, 4096), (4096, 1280), (128896, 4096),
-)  # fmt: skip
-TOKENS = (1, 8, 16, 64, 256, 1024, 8192)
-CASES = {f"{m}: {n}x{k}": (m, n, k) for n, k in SHAPES for m in TOKENS if m < 8192 or n < 128896}
-_turn = itertools.count()
+PEERS = {"torch": "torch", "triton": "triton", "humming-kernels": ".peer_humming"}
+# Weights of 297, 28, 28, 26, 19, 9.4, 2.9 and 2.4 MB.
+TOKENS = {
+    (128896, 4096): (1, 2, 4, 8, 16, 64),
+    (12288, 4096): (1, 8),
+    (4096, 12288): (1, 8, 16, 64, 256, 1024, 8192),
+    (11264, 4096): (1, 8),
+    (8192, 4096): (1, 4, 8, 16, 32, 64, 128, 256, 1024, 8192),
+    (4096, 4096): (1, 2, 8),
+    (4096, 1280): (1, 8, 16, 64, 256, 1024, 8192),
+    (1024, 4096): (1, 16),
+}
+CASES = {f"{m}: {n}x{k}": (m, n, k) for (n, k), tokens in TOKENS.items() for m in tokens}
+
+
+def random_weight(*shape: int, outer: tuple[int, ...] = ()) -> NVFP4Weight:
+    """[..., n, k] in checkpoint layout: uniform codes, block scales of 1 to 1.875, one global scale of shape `outer`
+    that keeps products near 1."""
+    *lead, n, k = shape
+    codes = torch.randint(0, 256, (*lead, n, k // 2), dtype=torch.uint8, device="cuda")
+    scales = torch.randint(0x38, 0x40, (*lead, n, k // 16), dtype=torch.uint8, device="cuda")
+    scale = torch.full(outer, k**-0.5 / (2.93 * 1.46), device="cuda")  # the rms of codes, and of scales
+    return NVFP4Weight(codes, scales.view(torch.float8_e4m3fn), scale)
+
+
+def fields(weight) -> tuple[torch.Tensor, ...]:
+    """A weight as the ops take it."""
+    return weight.codes, weight.scales, weight.global_scale
+
+
+@lru_cache(1)
+def _weight(n: int, k: int) -> NVFP4Weight:
+    return random_weight(n, k)
 
 
 def inputs(case: tuple[int, int, int]) -> tuple:
-    """The op's arguments, random codes; in the prepared layout where this GPU has one."""
+    """The op's arguments; the weight in the prepared layout where this GPU has one."""
     m, n, k = case
-    weight = RandomWeights(torch.device("cuda"), torch.bfloat16).experts("", 1, k, n).down[0]
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    return x, weight.codes, weight.scales, weight.global_scale
+    return x, *fields(kernel_layout(_weight(n, k), x.device, x.dtype))
 
 
 def work(case: tuple[int, int, int]) -> tuple[int, int]:
@@ -36,25 +60,29 @@ def work(case: tuple[int, int, int]) -> tuple[int, int]:
     return n * k // 2 + n * k // 16 + 2 * m * (n + k), 2 * m * n * k
 
 
-@cache
-def _dense(n: int, k: int) -> list[torch.Tensor]:
-    """bf16 weights, together twice the L2 cache: the op's arguments hold none of a peer's."""
-    count = max(2, -(-torch.cuda.get_device_properties().L2_cache_size // (n * k)))
-    return [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
-
-
-def _bf16(x, codes, scales, global_scale):
-    rows = codes.shape[0] * (TILE if codes.dim() == 3 else 1)  # row tiles where the weight is prepared
-    weights = _dense(rows, x.shape[1])
-    return F.linear(x, weights[next(_turn) % len(weights)])
-
-
 def contenders() -> dict:
-    """The op first, then its peer: the product with a weight that is bf16 already."""
-    return {"ours": _nvfp4_linear, "torch bf16": _bf16}
+    """The op; its peers have weights of their own."""
+    return {"ours": _nvfp4_linear}
 
 
-def error(x, *weight) -> float:
-    """Relative error against float64."""
-    rows = slice(0, 256)  # of a prompt's tokens
-    return relative_error(_nvfp4_linear(x, *weight)[rows], _nvfp4_linear.reference(x[rows].double(), *weight))
+def peers(case: tuple[int, int, int], x: torch.Tensor, *weight) -> Iterator[tuple]:
+    """(who, call, arguments): the same weight in bf16, in checkpoint layout for Triton, and humming's."""
+    raw = _weight(*case[1:])
+    yield "cuBLAS bf16", F.linear, (x, raw.dequantize(torch.bfloat16))
+    yield "triton", _nvfp4_linear, (x, *fields(raw))
+    from . import peer_humming
+
+    yield "humming", *peer_humming.linear(x, raw)
+
+
+def compile_peers() -> None:
+    """Compile humming's kernels, all at once."""
+    from . import peer_humming
+
+    peer_humming.compile_ahead((m, n, k, 0) for m, n, k in CASES.values())
+
+
+def exact(case: tuple[int, int, int], x: torch.Tensor, *weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up to 32 of x's rows, and their product in float64."""
+    rows = torch.linspace(0, len(x) - 1, min(32, len(x)), device=x.device).long()
+    return rows, _nvfp4_linear.reference(x[rows].double(), *fields(_weight(*case[1:])))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
 
 import step_kernels as sk
-from step_kernels.model.weights import DenseExperts, RandomWeights
+from step_kernels.model.weights import kernel_layout
+from step_kernels.nvfp4 import NVFP4Experts, NVFP4Weight
 from step_kernels.ops.nvfp4_moe import _nvfp4_moe
-from step_kernels.testing import relative_error
+
+from .nvfp4_linear import PEERS as PEERS
+from .nvfp4_linear import fields, random_weight
 
 EXPERTS, HIDDEN, INNER, TOP_K, LIMIT = 288, 4096, 1280, 8, 7.0
-UNIFORM = {f"{tokens} tokens": (tokens, False) for tokens in (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096, 8192)}
-CASES = UNIFORM | {f"{tokens} tokens zipf": (tokens, True) for tokens in (4, 16, 64, 256, 1024, 8192)}
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096, 8192)
+CASES = {f"{tokens} tokens": (tokens, False) for tokens in TOKENS}
+CASES |= {f"{tokens} tokens zipf": (tokens, True) for tokens in (1, 4, 16, 64, 256, 1024, 4096, 8192)}
 
 
 def _ids(tokens: int, zipf: bool) -> torch.Tensor:
@@ -23,13 +28,23 @@ def _ids(tokens: int, zipf: bool) -> torch.Tensor:
     return (odds.log() - noise.log().neg().log()).topk(TOP_K).indices.int()  # Gumbel's trick
 
 
+@cache
+def _experts() -> NVFP4Experts:
+    gate_up = random_weight(EXPERTS, 2 * INNER, HIDDEN, outer=(EXPERTS, 2))
+    return NVFP4Experts(gate_up, random_weight(EXPERTS, HIDDEN, INNER, outer=(EXPERTS,)))
+
+
+@cache
+def _ready() -> NVFP4Experts:
+    return kernel_layout(_experts(), torch.device("cuda"), torch.bfloat16)
+
+
 def inputs(case: tuple[int, bool]) -> tuple:
-    """The op's arguments, random codes; in the prepared layout where this GPU has one."""
-    tokens, zipf = case
-    experts = RandomWeights(torch.device("cuda"), torch.bfloat16).experts("", EXPERTS, INNER, HIDDEN)
-    tensors = (getattr(w, f) for w in (experts.gate_up, experts.down) for f in ("codes", "scales", "global_scale"))
+    """The op's arguments; the experts in the prepared layout where this GPU has one."""
+    tokens, _ = case
     x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    return x, torch.rand(tokens, TOP_K, device="cuda"), _ids(tokens, zipf).cuda(), *tensors, LIMIT
+    weights = torch.rand(tokens, TOP_K, device="cuda")
+    return x, weights, _ids(*case).cuda(), *fields(_ready().gate_up), *fields(_ready().down), LIMIT
 
 
 def work(case: tuple[int, bool]) -> tuple[int, int]:
@@ -38,30 +53,59 @@ def work(case: tuple[int, bool]) -> tuple[int, int]:
     return touched * 3 * HIDDEN * INNER * 9 // 16 + 4 * tokens * HIDDEN, 6 * tokens * TOP_K * HIDDEN * INNER
 
 
+def _dense(weight: NVFP4Weight) -> torch.Tensor:
+    out = torch.empty(weight.shape, dtype=torch.bfloat16, device="cuda")
+    for e in range(len(out)):
+        out[e] = weight[e].dequantize(torch.bfloat16)
+    return out
+
+
 @cache
-def _dense() -> DenseExperts:
+def _bf16() -> tuple[torch.Tensor, torch.Tensor]:
     """The same experts in bf16, 9 GB."""
-    return RandomWeights(torch.device("cuda"), torch.bfloat16, nvfp4=False).experts("", EXPERTS, INNER, HIDDEN)
+    return _dense(_experts().gate_up), _dense(_experts().down)
 
 
-def _grouped(x, weights, ids, *args):
-    dense = _dense()
+def _grouped(x, weights, ids, gate_up, down):
     keys, order = ids.flatten().sort(stable=True)
     ends = torch.searchsorted(keys, torch.arange(EXPERTS, device=x.device, dtype=torch.int32), right=True).int()
-    both = torch._grouped_mm(x[order // TOP_K], dense.gate_up.mT, offs=ends)
-    down = torch._grouped_mm(sk.swiglu(both, LIMIT), dense.down.mT, offs=ends)
-    parts = torch.empty_like(down).index_copy_(0, order, (down * weights.flatten()[order, None]).to(down.dtype))
-    return parts.view(*ids.shape, HIDDEN).sum(1)
+    both = torch._grouped_mm(x[order // TOP_K], gate_up.mT, offs=ends)
+    parts = torch._grouped_mm(sk.swiglu(both, LIMIT), down.mT, offs=ends)
+    weighted = (parts * weights.flatten()[order, None]).to(parts.dtype)
+    return torch.empty_like(parts).index_copy_(0, order, weighted).view(*ids.shape, HIDDEN).sum(1)
 
 
 def contenders() -> dict:
-    """The op first, then its peer: torch's grouped products with experts that are bf16 already."""
-    return {"ours": _nvfp4_moe, "torch grouped bf16": _grouped}
+    """The op; its peers have experts of their own."""
+    return {"ours": _nvfp4_moe}
 
 
-def error(x, weights, ids, *experts) -> float:
-    """Relative error against float64, of the first tokens."""
-    x, weights, ids = x[:256], weights[:256], ids[:256]
-    return relative_error(
-        _nvfp4_moe(x, weights, ids, *experts), _nvfp4_moe.reference(x.double(), weights, ids, *experts)
-    )
+def peers(case: tuple[int, bool], x, weights, ids, *experts) -> Iterator[tuple]:
+    """(who, call, arguments): torch's grouped products in bf16, Triton in checkpoint layout, humming without sorting."""
+    yield "torch grouped bf16", _grouped, (x, weights, ids, *_bf16())
+    yield "triton", _nvfp4_moe, (x, weights, ids, *fields(_experts().gate_up), *fields(_experts().down), LIMIT)
+    from . import peer_humming
+
+    yield "humming, sorted before", *peer_humming.moe(x, weights, ids, _for_humming(), LIMIT)
+
+
+@cache
+def _for_humming() -> tuple:
+    from . import peer_humming
+
+    return peer_humming.prepared_experts(_experts())
+
+
+def compile_peers() -> None:
+    """Compile humming's kernels, all at once."""
+    from . import peer_humming
+
+    shapes = (2 * INNER, HIDDEN), (HIDDEN, INNER)
+    peer_humming.compile_ahead((tokens * TOP_K, *shape, EXPERTS) for tokens in TOKENS for shape in shapes)
+
+
+def exact(case: tuple[int, bool], x, weights, ids, *experts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up to 32 of x's tokens, and their routed sums in float64."""
+    rows = torch.linspace(0, len(x) - 1, min(32, len(x)), device=x.device).long()
+    raw = (*fields(_experts().gate_up), *fields(_experts().down), LIMIT)
+    return rows, _nvfp4_moe.reference(x[rows].double(), weights[rows], ids[rows], *raw)

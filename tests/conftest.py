@@ -8,6 +8,8 @@ from small_checkpoint import TEXT, tensors_of, write_source
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before any test module
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    torch.set_num_threads(max(1, os.cpu_count() // workers))  # 10 workers of 16 threads each took minutes for seconds
 
 
 def pytest_collection_modifyitems(items):

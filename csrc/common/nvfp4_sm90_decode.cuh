@@ -5,7 +5,7 @@
 //
 //   line      | row 0: unit 0 1 2 .. | row 1: 0 1 2 .. | ...        a row = the 64 rows of a tile, all of k
 //   block b   |            ^ begin ................ ^ end |
-//   group g   |            g   g+groups   g+2*groups  ..  |         codes and scales come by cp.async, kDepth units ahead
+//   group g   |            g   g+groups   g+2*groups  ..  |         codes and scales come by bulk copies, kDepth units ahead
 //
 // The tokens of x become columns of B once a block (and again where its share enters another tile or window of k):
 // x = 2^e (hi + lo), hi in e4m3 and lo in e5m2, exact within 2^13 of the largest of 256 neighbours. A k32 step covers two
@@ -21,6 +21,7 @@
 constexpr int kUnitChunks = 4;
 constexpr int kUnitK = kUnitChunks * kTileK;
 constexpr int kUnitBytes = kUnitChunks * (kTileCodes + kTileScales);
+constexpr int kSlotBytes = kUnitBytes + 128;  // of a ring: a unit and the mbarrier that its copies complete
 constexpr int kMostPairs = 512;  // routed (token, slot) pairs that a block can sort
 constexpr int kMostExperts = 512;
 constexpr float kRange = 0x1p59f;  // sums are kept times 2^-59, which makes |x| from 2^-70 to 2^71 exact to f32
@@ -44,7 +45,7 @@ struct Shape {
   static constexpr int kStepColumns = kUnitColumns / 8;
   static constexpr int kPitch = kSplit ? 80 : 72;      // floats of a token's rows: stores of a warp differ in bank
   static constexpr int kRing = kWindow * kUnitColumns;
-  static constexpr int kFactors = kRing + kGroups * kDepth * kUnitBytes;
+  static constexpr int kFactors = kRing + kGroups * kDepth * kSlotBytes;
   static constexpr int kSum = kFactors + kWindow * kTokens * 4;
   static constexpr int kRouting = kSum + kGroups * kTokens * kPitch * 4;
   static constexpr int kBytes = kRouting + 4 * kMostExperts + 16 + 8 * kMostPairs;
@@ -77,16 +78,24 @@ __device__ inline bool absent(const float2& v) {
   return __float_as_uint(v.x) == kAbsent || __float_as_uint(v.y) == kAbsent;
 }
 
-// Copies of kBytes to kOffset beyond the address; absent ones bring zeros.
-template <int kBytes, int kOffset>
-__device__ inline void copy_async(u32 to, const u8* from, bool present) {
-  const int bytes = present ? kBytes : 0;
-  if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0 + %3], [%1 + %3], 16, %2;"
-                 ::"r"(to), "l"(from), "r"(bytes), "n"(kOffset) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0 + %3], [%1 + %3], 8, %2;"
-                 ::"r"(to), "l"(from), "r"(bytes), "n"(kOffset) : "memory");
+// A barrier in shared memory that one thread arrives at and copies complete.
+__device__ inline void make_barrier(u32 barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+__device__ inline void expect_copies(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ inline void wait_for_copies(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nwait:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra wait;\n}" ::"r"(barrier), "r"(parity)
+      : "memory");
+}
+// Addresses and size are multiples of 16 bytes.
+__device__ inline void copy_bulk(u32 to, const u8* from, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 template <int kOffset>
 __device__ inline uint4 load_shared_4(u32 at) {
@@ -371,11 +380,11 @@ __device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* 
     return;
   }
 
-  // The group's next unit to fetch: its codes and scales for this thread and how many chunks of k are left in its row.
-  const u32 ring = shared_address(shared + S::kRing) + group * S::kDepth * kUnitBytes;
-  u32 to_codes = ring + thread * 16, to_scales = ring + kUnitChunks * kTileCodes + warp * 256 + lane * 8;
-  u32 from_scales = ring + kUnitChunks * kTileCodes + warp * 256 + g * 8 + (t & 1) * 4;
-  keep(to_codes), keep(to_scales), keep(from_scales);
+  // The group's ring and, for its first thread, which fetches, the next unit and how many chunks of k are left in its row.
+  // The copy engine brings them, for cp.async's weights would hold up every load of ids and x behind them.
+  const u32 ring = shared_address(shared + S::kRing) + group * S::kDepth * kSlotBytes;
+  u32 own_codes = ring + thread * 16, own_scales = ring + kUnitChunks * kTileCodes + warp * 64 + g * 8 + (t & 1) * 4;
+  keep(own_codes), keep(own_scales);
   int next = begin + group, left = 0;
   const u8 *next_codes = codes, *next_scales = scales;
   const auto find_next = [&] {
@@ -384,29 +393,28 @@ __device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* 
     const Place place = task.place(row, next - row * units);
     const i64 tile = place.block * chunks + kUnitChunks * place.unit;
     left = chunks - kUnitChunks * place.unit;
-    next_codes = codes + tile * kTileCodes + thread * 16;
-    // of a chunk's scales a warp takes 64 bytes, its lanes 8 each of four chunks
-    next_scales = scales + (tile + lane / 8) * kTileScales + warp * 64 + lane % 8 * 8;
+    next_codes = codes + tile * kTileCodes;
+    next_scales = scales + tile * kTileScales;
   };
-  find_next();
-  const auto fetch = [&](u32 at) {
-    if (next < end) {
-      static_assert(kUnitChunks == 4);
-      copy_async<16, 0>(to_codes + at, next_codes, true);
-      copy_async<16, kTileCodes>(to_codes + at, next_codes, left > 1);
-      copy_async<16, 2 * kTileCodes>(to_codes + at, next_codes, left > 2);
-      copy_async<16, 3 * kTileCodes>(to_codes + at, next_codes, left > 3);
-      copy_async<8, 0>(to_scales + at, next_scales, lane / 8 < left);
-      next += S::kGroups;
-      left -= S::kGroups * kUnitChunks;
-      next_codes += S::kGroups * kUnitChunks * kTileCodes;
-      next_scales += S::kGroups * kUnitChunks * kTileScales;
-      if (left <= 0) find_next();
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+  // Chunks beyond k stay as they are: any code times any scale is finite, and their columns of x are zero.
+  const auto fetch = [&](u32 slot) {
+    if (next >= end) return;
+    const u32 count = min(left, kUnitChunks), filled = slot + kUnitBytes;
+    expect_copies(filled, count * (kTileCodes + kTileScales));
+    copy_bulk(slot, next_codes, count * kTileCodes, filled);
+    copy_bulk(slot + kUnitChunks * kTileCodes, next_scales, count * kTileScales, filled);
+    next += S::kGroups;
+    left -= S::kGroups * kUnitChunks;
+    next_codes += S::kGroups * kUnitChunks * kTileCodes;
+    next_scales += S::kGroups * kUnitChunks * kTileScales;
+    if (left <= 0) find_next();
   };
-#pragma unroll
-  for (int stage = 0; stage < S::kDepth; ++stage) fetch(stage * kUnitBytes);
+  if (thread == 0) {  // the others meet the barriers after __syncthreads
+    for (int i = 0; i < S::kDepth; ++i) make_barrier(ring + i * kSlotBytes + kUnitBytes);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    find_next();
+    for (int i = 0; i < S::kDepth; ++i) fetch(ring + i * kSlotBytes);
+  }
   task.wait_for_activations();
 
   float* factors = reinterpret_cast<float*>(shared + S::kFactors);
@@ -414,7 +422,7 @@ __device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* 
   const int token0 = S::kSplit ? t / 2 : t / 2 * 2;  // of this thread's first column
   float total_sum[S::kTotals] = {};
   int mine = begin + group, loaded_set = -1, base = 0;
-  u32 at = 0;  // in the group's ring
+  u32 at = 0, parity = 0;  // in the group's ring
 
   for (int unit = begin; unit < end;) {
     const int row = unit / units, k0 = unit - row * units, set = task.columns_of(row);
@@ -434,22 +442,22 @@ __device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* 
     const int stop = min(end, row * units + min(units, base + S::kWindow));
     const int slot0 = row * units + base;  // the unit whose columns are the first
     for (; mine < stop; mine += S::kGroups) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(S::kDepth - 1) : "memory");
-      __syncwarp();  // the scales are other lanes' copies too
+      wait_for_copies(ring + at + kUnitBytes, parity);
       const uint4 c[kUnitChunks] = {
-          load_shared_4<0>(to_codes + at), load_shared_4<kTileCodes>(to_codes + at),
-          load_shared_4<2 * kTileCodes>(to_codes + at), load_shared_4<3 * kTileCodes>(to_codes + at)};
-      const u32 s[kUnitChunks] = {load_shared<0>(from_scales + at), load_shared<64>(from_scales + at),
-                                  load_shared<128>(from_scales + at), load_shared<192>(from_scales + at)};
+          load_shared_4<0>(own_codes + at), load_shared_4<kTileCodes>(own_codes + at),
+          load_shared_4<2 * kTileCodes>(own_codes + at), load_shared_4<3 * kTileCodes>(own_codes + at)};
+      const u32 s[kUnitChunks] = {load_shared<0>(own_scales + at), load_shared<kTileScales>(own_scales + at),
+                                  load_shared<2 * kTileScales>(own_scales + at), load_shared<3 * kTileScales>(own_scales + at)};
       float d[2][4][S::kSums], part[S::kTotals];
       // The shuffle tells ptxas that a warp's is one: descriptors stay in uniform registers, 20 instructions fewer.
       const u32 b = __shfl_sync(
           0xFFFFFFFFu, describe<S>(shared_address(shared)) + (mine - slot0) * (S::kUnitColumns >> 4), 0);
       multiply_chunks<S>(d[0], c[0], c[1], b);
       multiply_chunks<S>(d[1], c[2], c[3], b + (S::kUnitColumns / 2 >> 4));
-      __syncwarp();
-      fetch(at);
-      at = at == (S::kDepth - 1) * kUnitBytes ? 0 : at + kUnitBytes;
+      meet_group(group);  // all have read the slot
+      if (thread == 0) fetch(ring + at);
+      parity ^= at == (S::kDepth - 1) * kSlotBytes;
+      at = at == (S::kDepth - 1) * kSlotBytes ? 0 : at + kSlotBytes;
       wait_for_products<S, 1>(d[0]);
       add_chunks<S, true>(part, d[0], s[0], s[1]);
       wait_for_products<S, 0>(d[1]);
