@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -42,6 +41,13 @@ def fields(weight) -> tuple[torch.Tensor, ...]:
     return weight.codes, weight.scales, weight.global_scale
 
 
+def humming():
+    """The module that calls humming-kernels; ImportError where it is not installed."""
+    from . import peer_humming
+
+    return peer_humming
+
+
 @lru_cache(1)
 def _weight(n: int, k: int) -> NVFP4Weight:
     return random_weight(n, k)
@@ -65,21 +71,19 @@ def contenders() -> dict:
     return {"ours": _nvfp4_linear}
 
 
-def peers(case: tuple[int, int, int], x: torch.Tensor, *weight) -> Iterator[tuple]:
-    """(who, call, arguments): the same weight in bf16, in checkpoint layout for Triton, and humming's."""
+def peers(case: tuple[int, int, int], x: torch.Tensor, *weight) -> dict:
+    """Who, and what prepares call and arguments; of the same weight, for Triton in checkpoint layout."""
     raw = _weight(*case[1:])
-    yield "cuBLAS bf16", F.linear, (x, raw.dequantize(torch.bfloat16))
-    yield "triton", _nvfp4_linear, (x, *fields(raw))
-    from . import peer_humming
-
-    yield "humming", *peer_humming.linear(x, raw)
+    return {
+        "cuBLAS bf16": lambda: (F.linear, (x, raw.dequantize(torch.bfloat16))),
+        "triton": lambda: (_nvfp4_linear, (x, *fields(raw))),
+        "humming": lambda: humming().linear(x, raw),
+    }
 
 
 def compile_peers() -> None:
     """Compile humming's kernels, all at once."""
-    from . import peer_humming
-
-    peer_humming.compile_ahead((m, n, k, 0) for m, n, k in CASES.values())
+    humming().compile_ahead((m, n, k, 0) for m, n, k in CASES.values())
 
 
 def exact(case: tuple[int, int, int], x: torch.Tensor, *weight) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -13,7 +12,7 @@ from step_kernels.nvfp4 import NVFP4Experts, NVFP4Weight
 from step_kernels.ops.nvfp4_moe import _nvfp4_moe
 
 from .nvfp4_linear import PEERS as PEERS
-from .nvfp4_linear import fields, random_weight
+from .nvfp4_linear import fields, humming, random_weight
 
 EXPERTS, HIDDEN, INNER, TOP_K, LIMIT = 288, 4096, 1280, 8, 7.0
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096, 8192)
@@ -80,28 +79,25 @@ def contenders() -> dict:
     return {"ours": _nvfp4_moe}
 
 
-def peers(case: tuple[int, bool], x, weights, ids, *experts) -> Iterator[tuple]:
-    """(who, call, arguments): torch's grouped products in bf16, Triton in checkpoint layout, humming without sorting."""
-    yield "torch grouped bf16", _grouped, (x, weights, ids, *_bf16())
-    yield "triton", _nvfp4_moe, (x, weights, ids, *fields(_experts().gate_up), *fields(_experts().down), LIMIT)
-    from . import peer_humming
-
-    yield "humming, sorted before", *peer_humming.moe(x, weights, ids, _for_humming(), LIMIT)
-
-
 @cache
 def _for_humming() -> tuple:
-    from . import peer_humming
+    return humming().prepared_experts(_experts())
 
-    return peer_humming.prepared_experts(_experts())
+
+def peers(case: tuple[int, bool], x, weights, ids, *experts) -> dict:
+    """Who, and what prepares call and arguments: torch's grouped products in bf16, Triton, humming less its sorting."""
+    tokens, raw = (x, weights, ids), (*fields(_experts().gate_up), *fields(_experts().down), LIMIT)
+    return {
+        "torch grouped bf16": lambda: (_grouped, (*tokens, *_bf16())),
+        "triton": lambda: (_nvfp4_moe, (*tokens, *raw)),
+        "humming, sorted before": lambda: humming().moe(*tokens, _for_humming(), LIMIT),
+    }
 
 
 def compile_peers() -> None:
     """Compile humming's kernels, all at once."""
-    from . import peer_humming
-
     shapes = (2 * INNER, HIDDEN), (HIDDEN, INNER)
-    peer_humming.compile_ahead((tokens * TOP_K, *shape, EXPERTS) for tokens in TOKENS for shape in shapes)
+    humming().compile_ahead((tokens * TOP_K, *shape, EXPERTS) for tokens in TOKENS for shape in shapes)
 
 
 def exact(case: tuple[int, bool], x, weights, ids, *experts) -> tuple[torch.Tensor, torch.Tensor]:

@@ -286,6 +286,69 @@ def test_device_map_changes_nothing(folders, pairs, device_map):
     assert relative_error(model(input_ids=ids.to(model.device)).logits, pairs["source"][1](ids)) < 1e-5
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    """As if the CPU had kernels for prepared weights."""
+    monkeypatch.setattr(integration, "prepares", lambda device: True)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten().view(torch.uint8)
+
+
+def nvfp4_modules(model) -> dict:
+    return {n: m for n, m in model.named_modules() if isinstance(m, integration._NVFP4Module)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device_map", [None, "cpu"])
+def test_weights_laid_out_for_a_gpus_kernels_compute_the_same_bits(folders, monkeypatch, device_map):
+    if device_map:
+        pytest.importorskip("accelerate")
+    plain, ids = load(folders["linears"], torch.bfloat16, device_map=device_map), tokens(1, 40)
+    monkeypatch.setattr(integration, "prepares", lambda device: True)
+    model = load(folders["linears"], torch.bfloat16, device_map=device_map)
+    assert {m._is_prepared() for m in nvfp4_modules(plain).values()} == {False}
+    assert {m._is_prepared() for m in nvfp4_modules(model).values()} == {True}
+    assert {type(m).__name__ for m in nvfp4_modules(model).values()} == {"NVFP4Linear", "NVFP4RoutedExperts"}
+    assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert {m._is_prepared() for m in nvfp4_modules(load(folders["linears"])).values()} == {False}  # in f32
+
+
+def test_state_dicts_hold_the_checkpoints_layout_whatever_lies_in_memory(folders, hopper, tmp_path):
+    model, plain = load(folders["linears"], torch.bfloat16), load(folders["linears"])
+    stored, wanted = model.state_dict(), plain.state_dict()
+    assert stored.keys() == wanted.keys()
+    mine = {f"{n}.{part}" for n, m in nvfp4_modules(model).items() for part, _ in m.named_buffers()}
+    assert len(mine) > 60 and all(torch.equal(as_bytes(stored[n]), as_bytes(wanted[n])) for n in mine)
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path)
+    (experts, *_) = (m for m in nvfp4_modules(model).values() if isinstance(m, integration.NVFP4RoutedExperts))
+    before, codes = experts.gate_up_proj.clone(), experts.state_dict()
+    experts.load_state_dict({n: t.clone().zero_() if n == "gate_up_proj" else t for n, t in codes.items()})
+    assert experts._is_prepared() and not experts.gate_up_proj.any()
+    experts.load_state_dict(codes)
+    assert experts._is_prepared() and torch.equal(experts.gate_up_proj, before)
+
+
+def test_weights_follow_the_device_they_are_moved_to(folders, monkeypatch):
+    model, plain = load(folders["source"], torch.bfloat16), load(folders["source"], torch.bfloat16)
+    for ready in (True, False):
+        monkeypatch.setattr(integration, "prepares", lambda device, ready=ready: ready)
+        model.to("cpu")
+        assert {m._is_prepared() for m in nvfp4_modules(model).values()} == {ready}
+    for (name, got), wanted in zip(model.named_buffers(), plain.buffers()):
+        assert torch.equal(as_bytes(got), as_bytes(wanted)), name
+
+
+def test_a_negative_block_scale_is_named_by_its_module(folders, hopper, tmp_path):
+    def change(tensors):
+        tensors[f"{EXPERTS}down_proj.weight_scale"].view(torch.uint8)[0, 0, 0] |= 0x80
+
+    with pytest.raises(ValueError, match=r"layers\.4\.mlp\.experts: weight\.scales: got a negative"):
+        load(rewrite(folders["source"], tmp_path / "out", change), torch.bfloat16)
+
+
 def test_saving_is_refused(pairs, tmp_path):
     with pytest.raises(ValueError, match="not serializable"):
         pairs["source"][0].save_pretrained(tmp_path)
@@ -322,6 +385,8 @@ def test_gpu_errs_in_bfloat16_no_more_than_twice_as_much_as_the_cpu(folders, pai
     wanted = pairs[folder][0](input_ids=ids, **images).logits
     cpu = load(folders[folder], torch.bfloat16)(input_ids=ids, **images).logits
     model = load(folders[folder], torch.bfloat16).cuda()
+    ready = {m._is_prepared() for m in nvfp4_modules(model).values()}
+    assert ready == {integration.prepares(torch.device("cuda", 0))}
     out = model(input_ids=ids.cuda(), **moved).logits
     got, allowed = typical_error(out, wanted), 2 * typical_error(cpu, wanted)
     assert out.isfinite().all()

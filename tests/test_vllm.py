@@ -81,6 +81,31 @@ def test_the_views_share_the_parameters_storage_and_keep_both_scales():
     assert relative_error(sk.nvfp4_moe(x, w, ids, other), sk.nvfp4_moe(x, w, ids, weights())) > 0.1
 
 
+def test_experts_laid_out_for_a_gpus_kernels_are_the_same_experts(monkeypatch):
+    fake, plain = layer(weights(), "swiglustep"), weights()
+    monkeypatch.setattr(plugin, "prepares", lambda device: True)
+    before = fake.w13_weight.data_ptr()
+    plugin.prepare_experts(fake, torch.float16)  # kernels for bf16 alone read it
+    assert fake.w13_weight.data_ptr() == before
+    plugin.prepare_experts(fake, torch.bfloat16)
+    assert fake.w13_weight.shape == (EXPERTS, 1, 1, 2048) and fake.w2_weight_scale.shape == (EXPERTS, 1, 1, 256)
+    restored = sk.nvfp4_restore(plugin.experts(fake))
+    for got, wanted in ((restored.gate_up, plain.gate_up), (restored.down, plain.down)):
+        for field in ("codes", "scales", "global_scale"):
+            assert torch.equal(getattr(got, field).view(torch.uint8), getattr(wanted, field).view(torch.uint8))
+    x, w, ids = tokens()
+    x = x.bfloat16()
+    assert torch.equal(plugin.routed(fake, x, w, ids), sk.nvfp4_moe(x, w, ids, plain, 7.0))
+
+
+def test_a_negative_block_scale_is_named_by_its_layer(monkeypatch):
+    fake = layer(weights(), layer_name="model.layers.3.moe.experts")
+    fake.w2_weight_scale.data.view(torch.uint8)[1, 2, 0] |= 0x80
+    monkeypatch.setattr(plugin, "prepares", lambda device: True)
+    with pytest.raises(ValueError, match=r"model.layers.3.moe.experts: weight.scales: got a negative"):
+        plugin.prepare_experts(fake, torch.bfloat16)
+
+
 def test_swiglustep_clamps_at_seven_and_silu_does_not():
     x, w, ids = tokens()
     clamped, free = (sk.nvfp4_moe(x, w, ids, weights(), limit) for limit in (7.0, None))

@@ -47,7 +47,7 @@ def vllm_config():
     destroy_distributed_environment()
 
 
-def step(config, experts=EXPERTS, hidden=HIDDEN, inner=INNER, model_type="step3p7", ignore=()):
+def step(config, experts=EXPERTS, hidden=HIDDEN, inner=INNER, model_type="step3p7", ignore=(), dtype=torch.float32):
     """Fill in what vLLM's FusedMoEBlock reads of the model's config and the checkpoint's."""
     from vllm.model_executor.layers.quantization import get_quantization_config
 
@@ -63,7 +63,7 @@ def step(config, experts=EXPERTS, hidden=HIDDEN, inner=INNER, model_type="step3p
         layer_types=["full_attention"] * 48,
     )  # fmt: skip
     config.model_config = SimpleNamespace(
-        hf_config=text, hf_text_config=text, dtype=torch.float32, is_moe=True, enforce_eager=True
+        hf_config=text, hf_text_config=text, dtype=dtype, is_moe=True, enforce_eager=True
     )
     config.compilation_config.static_forward_context.clear()
     found = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": list(ignore)}
@@ -175,6 +175,35 @@ def test_vllms_layer_loads_every_tensor_and_computes_the_reference(vllm_config):
     assert torch.equal(compiled(share.down_proj, inner), share.down_proj(inner)[0])
     wanted = torch.nn.functional.silu(gate).clamp(max=16) * up.clamp(-16, 16) @ dense("down_proj").T
     assert relative_error(share(x), wanted) < 1e-6
+
+
+def test_vllms_layer_in_bf16_computes_the_same_bits_from_weights_laid_out_for_a_gpus_kernels(vllm_config, monkeypatch):
+    outputs, (x, w, ids) = [], tokens()
+    x, inner = x.bfloat16(), torch.randn(3, INNER).bfloat16()
+    for ready in (False, True):
+        monkeypatch.setattr(plugin, "prepares", lambda device, ready=ready: ready)
+        torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it builds a model
+        try:
+            model = build(vllm_config, dtype=torch.bfloat16)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        model.load_weights(iter(checkpoint().items()))
+        moe = model.layers["43"].moe
+        routed, gate_up, down = moe.experts.routed_experts, moe.share_expert.gate_up_proj, moe.share_expert.down_proj
+        for module in (routed, gate_up, down):
+            module.quant_method.process_weights_after_loading(module)
+        assert {routed.w2_weight.dim() - 1, gate_up.weight.dim(), down.weight.dim()} == {3 if ready else 2}
+        compiled = torch.compile(down.quant_method.apply, fullgraph=True, backend="aot_eager")
+        outputs.append(
+            (
+                routed.forward_modular(x=x, topk_weights=w, topk_ids=ids),
+                gate_up(x)[0],
+                down(inner)[0],
+                compiled(down, inner),
+            )
+        )
+    assert all(map(torch.equal, *outputs)) and torch.equal(outputs[0][2], outputs[0][3])
+    assert torch.equal(outputs[0][0], sk.nvfp4_moe(x, w, ids, weights(), 7.0))
 
 
 def test_a_tensor_that_was_not_loaded_is_named(vllm_config):

@@ -16,7 +16,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..nvfp4 import BLOCK, NVFP4Experts, NVFP4Weight
-from ..ops import nvfp4_linear, nvfp4_moe
+from ..ops import nvfp4_linear, nvfp4_moe, nvfp4_prepare, nvfp4_restore, prepares
+from ..ops.nvfp4_linear import is_prepared
+from ..prepared import PreparedWeight
 
 try:
     from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
@@ -34,13 +36,69 @@ _SCALES = ("weight_scale", "weight_scale_2")  # beside a weight; `weight_scale` 
 
 
 class _NVFP4Module(nn.Module):
-    """Holds NVFP4 weights as buffers: as parameters, transformers would have the float8 scales ask for gradients."""
+    """Holds NVFP4 weights as buffers: as parameters, transformers would have the float8 scales ask for gradients.
+
+    On a GPU with a prepared layout they lie in it once the model is loaded or moved there; state dicts never do.
+    """
+
+    compute_dtype: torch.dtype | None = None  # set once the model is loaded
+
+    def __init__(self):
+        super().__init__()
+        self._parts: dict[str, tuple[str, torch.Size]] = {}  # name of the codes: name of the scales, weight's shape
 
     def _add(self, name: str, shape: tuple[int, ...], outer: tuple[int, ...], scale: str) -> None:
         *lead, n, k = shape
+        self._parts[name] = scale, torch.Size(shape)
         self.register_buffer(name, torch.empty(*lead, n, k // 2, dtype=torch.uint8, device="meta"))
         self.register_buffer(scale, torch.empty(*lead, n, k // BLOCK, dtype=torch.float8_e4m3fn, device="meta"))
         self.register_buffer(f"{scale}_2", torch.empty(outer, dtype=torch.float32, device="meta"))
+
+    def _held(self) -> NVFP4Weight | PreparedWeight | NVFP4Experts:
+        """Of one part a weight, of two the experts."""
+        weights = []
+        for name, (scale, shape) in self._parts.items():
+            tensors = [getattr(self, part) for part in (name, scale, f"{scale}_2")]
+            ready = is_prepared(tensors[1])
+            weights.append(PreparedWeight(*tensors, shape, name == "gate_up_proj") if ready else NVFP4Weight(*tensors))
+        return NVFP4Experts(*weights) if len(weights) > 1 else weights[0]
+
+    def _named(self, weight: NVFP4Weight | PreparedWeight | NVFP4Experts):
+        """The codes and scales under their names here; the layout does not change global scales."""
+        parts = (weight.gate_up, weight.down) if isinstance(weight, NVFP4Experts) else (weight,)
+        for part, (name, (scale, _)) in zip(parts, self._parts.items()):
+            yield from ((name, part.codes), (scale, part.scales))
+
+    def _hold(self, weight: NVFP4Weight | PreparedWeight | NVFP4Experts) -> None:
+        for name, tensor in self._named(weight):
+            setattr(self, name, tensor)
+
+    def _is_prepared(self) -> bool:
+        return any(is_prepared(getattr(self, scale)) for scale, _ in self._parts.values())
+
+    def lay_out(self) -> None:
+        """Hold the weights as the kernels on their device read them; needs room for both layouts of this module's."""
+        device = next(self.buffers()).device
+        wanted = self.compute_dtype == torch.bfloat16 and prepares(device)
+        if device.type != "meta" and wanted != self._is_prepared():
+            self._hold(nvfp4_prepare(self._held()) if wanted else nvfp4_restore(self._held()))
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)  # .cuda(), .to(device)
+        self.lay_out()
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._is_prepared():
+            for name, tensor in self._named(nvfp4_restore(self._held())):
+                destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *args):
+        if self._is_prepared():
+            self._hold(nvfp4_restore(self._held()))
+        super()._load_from_state_dict(*args)
+        self.lay_out()
 
 
 class NVFP4Linear(_NVFP4Module):
@@ -52,7 +110,7 @@ class NVFP4Linear(_NVFP4Module):
         self._add("weight", (self.out_features, self.in_features), (), "weight_scale")
 
     def forward(self, x: Tensor) -> Tensor:
-        return nvfp4_linear(x, NVFP4Weight(self.weight, self.weight_scale, self.weight_scale_2))
+        return nvfp4_linear(x, self._held())
 
 
 class NVFP4RoutedExperts(_NVFP4Module):
@@ -67,11 +125,7 @@ class NVFP4RoutedExperts(_NVFP4Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[tokens, hidden], integer and float [tokens, top_k] -> [tokens, hidden]."""
-        experts = NVFP4Experts(
-            NVFP4Weight(self.gate_up_proj, self.gate_up_proj_scale, self.gate_up_proj_scale_2),
-            NVFP4Weight(self.down_proj, self.down_proj_scale, self.down_proj_scale_2),
-        )
-        return nvfp4_moe(hidden_states, top_k_weights.float(), top_k_index.int(), experts, self.limit)
+        return nvfp4_moe(hidden_states, top_k_weights.float(), top_k_index.int(), self._held(), self.limit)
 
 
 @register_quantization_config("modelopt")
@@ -129,6 +183,11 @@ class ModelOptQuantizer(HfQuantizer):
                 for part, scale in module.named_buffers(recurse=False):
                     if part.endswith("_scale_2") and not scale.is_meta and not ((scale > 0) & scale.isfinite()).all():
                         raise ValueError(f"{name}.{part}: holds a zero, negative or NaN scale, wanted positive ones")
+                module.compute_dtype = self.dtype
+                try:
+                    module.lay_out()
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
             elif isinstance(module, step3p7.Step3p7TopKRouter):
                 module.float()
             elif isinstance(module, step3p7.Step3p7VisionRotaryEmbedding):

@@ -4,8 +4,8 @@ vLLM finds `register` through the entry point group `vllm.general_plugins`, call
 when its own `VLLM_PLUGINS` filter leaves it out. Written against vLLM 0.25.1 and 0.33.0.
 
 What differs from vLLM's own kernels there: gate and up (and q, k, v) keep a global scale each instead of sharing
-one; activations are not quantized; a TP slice need only be a multiple of 16 (1280 / 8 = 160 is); and the checkpoint's
-bytes are used as loaded, so no repacked second copy exists at any time.
+one; activations are not quantized; and a TP slice need only be a multiple of 16 (1280 / 8 = 160 is). The checkpoint's
+bytes are used as loaded, or on Hopper in bf16 laid out anew a layer at a time: no second copy outlives that.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from torch import Tensor
 
 from .. import registry
 from ..nvfp4 import NVFP4Experts, NVFP4Weight
-from ..ops import nvfp4_linear, nvfp4_moe
+from ..ops import nvfp4_linear, nvfp4_moe, nvfp4_prepare, prepares
+from ..ops.nvfp4_linear import is_prepared
+from ..prepared import PreparedWeight
 
 METHOD = "modelopt_fp4"  # what vLLM calls quant_method modelopt with quant_algo NVFP4
 MODELS = ("step3p5", "step3p5_mtp", "step3p7")
+NAMES = ("weight", "weight_scale", "weight_scale_2")
 STEP_LIMIT = 7.0  # vLLM's swiglustep holds this number itself and passes no swiglu_limit
 
 
@@ -34,10 +37,53 @@ def register() -> None:
 
 def experts(layer) -> NVFP4Experts:
     """vLLM's expert parameters as they lie: w13 holds gate (w1) above up (w3), each with a global scale of its own."""
-    return NVFP4Experts(
-        NVFP4Weight(layer.w13_weight.data, layer.w13_weight_scale.data, layer.w13_weight_scale_2.data),
-        NVFP4Weight(layer.w2_weight.data, layer.w2_weight_scale.data, layer.w2_weight_scale_2.data),
-    )
+    tensors = {stem: tuple(getattr(layer, f"{stem}_{name}").data for name in NAMES) for stem in ("w13", "w2")}
+    if is_prepared(tensors["w13"][1]):
+        shapes = layer.nvfp4_shapes
+        return NVFP4Experts(PreparedWeight(*tensors["w13"], shapes[0], True), PreparedWeight(*tensors["w2"], shapes[1]))
+    return NVFP4Experts(NVFP4Weight(*tensors["w13"]), NVFP4Weight(*tensors["w2"]))
+
+
+def prepare_experts(layer, dtype: torch.dtype) -> None:
+    """Lay the experts out as the GPU's kernels for `dtype` read them, if that is another layout."""
+    if dtype == torch.bfloat16 and prepares(layer.w13_weight.device):
+        plain = experts(layer)
+        ready = _prepared(layer, plain)
+        for stem, weight in (("w13", ready.gate_up), ("w2", ready.down)):
+            _replace(layer, f"{stem}_weight", weight.codes)
+            _replace(layer, f"{stem}_weight_scale", weight.scales)
+        layer.nvfp4_shapes = plain.gate_up.shape, plain.down.shape
+
+
+def linear_weight(layer) -> NVFP4Weight | PreparedWeight:
+    """Our linear layer's weight as it lies."""
+    tensors = layer.weight, layer.weight_scale, layer.weight_global_scale
+    if is_prepared(layer.weight_scale):
+        return PreparedWeight(*tensors, torch.Size((layer.output_size_per_partition, layer.input_size_per_partition)))
+    return NVFP4Weight(*tensors)
+
+
+def prepare_linear(layer, dtype: torch.dtype) -> None:
+    """Lay the weight out as the GPU's kernels for `dtype` read it, if that is another layout."""
+    if dtype == torch.bfloat16 and prepares(layer.weight.device):
+        ready = _prepared(layer, linear_weight(layer))
+        _replace(layer, "weight", ready.codes)
+        _replace(layer, "weight_scale", ready.scales)
+
+
+def _prepared(layer, weight):
+    try:
+        return nvfp4_prepare(weight)
+    except ValueError as error:
+        raise ValueError(f"{_where(layer)}: {error}") from None
+
+
+def _replace(layer, name: str, tensor: Tensor) -> None:
+    setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def _where(layer) -> str:
+    return getattr(layer, "layer_name", None) or getattr(layer, "prefix", type(layer).__name__)
 
 
 def limit(layer) -> float | None:
@@ -68,11 +114,10 @@ def global_scale(scales: Tensor, widths: list[int]) -> Tensor:
 
 def check_loaded(layer, *names: str) -> None:
     """Raise ValueError where a scale is NaN, as it was created: the checkpoint does not hold the layer in NVFP4."""
-    where = getattr(layer, "layer_name", None) or getattr(layer, "prefix", type(layer).__name__)
     for name in names:
         if getattr(layer, name).float().isnan().any():
-            raise ValueError(f"{where}.{name}: got NaN or nothing, wanted scales; if the layer is not quantized, "
-                             "it belongs in the checkpoint's ignore list")  # fmt: skip
+            raise ValueError(f"{_where(layer)}.{name}: got NaN or nothing, wanted scales; if the layer is not "
+                             "quantized, it belongs in the checkpoint's ignore list")  # fmt: skip
 
 
 def refusal(config, layer=None) -> str | None:
@@ -135,6 +180,7 @@ def config_class() -> type:
 
         def process_weights_after_loading(self, layer):
             check_loaded(layer, "w13_weight_scale_2", "w2_weight_scale_2")
+            prepare_experts(layer, self.moe.in_dtype)
 
         def maybe_make_prepare_finalize(self, routing_tables=None):  # 0.25.1 asks; None: the runner communicates
             return None
@@ -160,7 +206,7 @@ def config_class() -> type:
             n, k, loader = sum(output_partition_sizes), input_size_per_partition, extra.get("weight_loader")
             if k % 16:
                 raise ValueError(f"input_size_per_partition: got {k}, wanted a multiple of 16")
-            layer.logical_widths = output_partition_sizes
+            self.dtype, layer.logical_widths = params_dtype, output_partition_sizes
             layer.input_size_per_partition, layer.output_size_per_partition = k, n
             codes = torch.empty(n, k // 2, dtype=torch.uint8)
             scales = torch.full((n, k // 16), torch.nan, dtype=torch.float32).to(torch.float8_e4m3fn)
@@ -177,12 +223,13 @@ def config_class() -> type:
             scale = global_scale(layer.weight_scale_2.data, layer.logical_widths)
             # torch.compile takes plain parameters only; .data shares the loaded bytes
             for name in ("weight", "weight_scale"):
-                setattr(layer, name, torch.nn.Parameter(getattr(layer, name).data, requires_grad=False))
-            layer.weight_global_scale = torch.nn.Parameter(scale, requires_grad=False)
+                _replace(layer, name, getattr(layer, name).data)
+            _replace(layer, "weight_global_scale", scale)
             del layer.weight_scale_2, layer.input_scale
+            prepare_linear(layer, self.dtype)
 
         def apply(self, layer, x, bias=None):
-            out = nvfp4_linear(x, NVFP4Weight(layer.weight, layer.weight_scale, layer.weight_global_scale))
+            out = nvfp4_linear(x, linear_weight(layer))
             return out if bias is None else out + bias
 
     class StepKernelsConfig(ModelOptNvFp4Config):
