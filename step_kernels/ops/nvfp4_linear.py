@@ -74,8 +74,9 @@ _CHECKPOINT_LAYOUT = (
     Kernel("flashinfer", _W4A16[0], _RTX, *_W4A16[1:]),
     Kernel("triton", lazy("triton.nvfp4_linear.launch"), package="triton", refuse=_triton_refuses),
 )
-_CUDA = "cuda.nvfp4_linear"
+_CUDA, _W4A8 = "cuda.nvfp4_linear", "cuda.nvfp4_w4a8"
 _KERNELS = (
+    Kernel("cuda-w4a8", lazy(f"{_W4A8}.launch_linear"), (90, 90), "cuda.bindings", lazy(f"{_W4A8}.refuse_linear")),
     Kernel("cuda", lazy(f"{_CUDA}.launch"), (90, 90), "cuda.bindings", lazy(f"{_CUDA}.refuse")),
     *(in_checkpoint_layout(kernel, 2, 4) for kernel in _CHECKPOINT_LAYOUT),
 )

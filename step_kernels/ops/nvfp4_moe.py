@@ -61,8 +61,9 @@ _CHECKPOINT_LAYOUT = (
     Kernel("flashinfer-cutlass", lazy(f"{_CUTLASS}.launch"), (100, 121), "flashinfer", lazy(f"{_CUTLASS}.refuse")),
     Kernel("triton", lazy("triton.nvfp4_moe.launch"), package="triton", refuse=_triton_refuses),
 )
-_CUDA = "cuda.nvfp4_moe"
+_CUDA, _W4A8 = "cuda.nvfp4_moe", "cuda.nvfp4_w4a8"
 _KERNELS = (
+    Kernel("cuda-w4a8", lazy(f"{_W4A8}.launch_moe"), (90, 90), "cuda.bindings", lazy(f"{_W4A8}.refuse_moe")),
     Kernel("cuda", lazy(f"{_CUDA}.launch"), (90, 90), "cuda.bindings", lazy(f"{_CUDA}.refuse")),
     *(in_checkpoint_layout(kernel, 4, 10) for kernel in _CHECKPOINT_LAYOUT),
 )
