@@ -5,6 +5,7 @@
 
 template <class S>
 struct Linear {
+  static constexpr int kEarly = 1;
   const float* global_scale;
   float first_scale;
   const u16* x;

@@ -152,6 +152,7 @@ struct ExpertsInARow : Experts<S> {
 
 template <class S>
 struct GateUp : Experts<S> {
+  static constexpr int kEarly = 0;
   const float* global_scale;
   const u16* x;
   u16* inner;
@@ -216,6 +217,7 @@ struct GateUpFew : GateUp<S> {
 // Routing weights and global scales go into the columns' factors.
 template <class S>
 struct Down : Experts<S> {
+  static constexpr int kEarly = 1;
   const float *global_scale, *weights;
   const u16* inner;
   float* parts;
@@ -243,6 +245,7 @@ struct Down : Experts<S> {
 // A token's sum over its experts is the row's own.
 template <class S>
 struct DownFew : ExpertsInARow<S> {
+  static constexpr int kEarly = 1;
   const float *global_scale, *weights;
   const u16* inner;
   u16* out;

@@ -1,5 +1,5 @@
-// Around the routed experts' two products, which are sm90_nvfp4_prefill.cu's and sm90_nvfp4_prefill_few.cu's:
-// count (of many tokens), sort, gather, gate_up, down, combine.
+// Around the routed experts' two products, which are sm90_nvfp4_prefill{,_few,_halves}.cu's: count (of many tokens),
+// sort, gather, gate_up, down, combine; for _halves, `halves` gathers, and comes between gate_up and down as well.
 //
 //   ids [tokens, top_k]   count    counts [blocks, experts]: a block's pairs of each expert
 //                         sort     position [tokens, top_k]: the pair's row in sorted order, and the table of tiles
@@ -8,7 +8,7 @@
 //
 // An expert's tokens are split evenly over as few tiles as the largest size allows, and each takes the smallest size
 // that holds its share. An expert without tokens has no tile. No pass waits for the host.
-#include "common/nvfp4_sm90.cuh"
+#include "common/nvfp4_sm90_decode.cuh"
 #include "common/warp.cuh"
 
 __device__ __forceinline__ unsigned pack(float low, float high) {
@@ -132,6 +132,77 @@ extern "C" __global__ void __launch_bounds__(256) sm90_nvfp4_moe_prefill_gather(
     for (int slot = 0; slot < top_k; ++slot) {
       const int row = __ldg(position + slot);
       if (row >= 0) sorted[static_cast<long long>(row) * units + unit] = v;
+    }
+  }
+}
+
+// A block's row of x as sm90_nvfp4_prefill_halves.cu takes it, to the places of all its pairs: x = 2^e (hi + lo), both
+// e4m3, the row's largest between 224 and 448. Exact down to 2^-9 of the largest, and within 2^-17 of it below.
+//
+//   halves [ceil(k / 256), groups, 4 chunks of 64 k, 8 rows, 128 bytes]: of each 16 k, hi and then lo, bytes in the
+//   order of common/nvfp4_sm90.cuh's codes; a row's 16 bytes at i swizzled to i ^ row
+extern "C" __global__ void __launch_bounds__(256) sm90_nvfp4_moe_prefill_halves(
+    const u16* x,         // bf16 [rows, k], rows x_stride elements apart
+    const int* position,  // [rows, top_k], or null: every row's place is its own
+    uint4* halves,
+    float* factors,  // [8 * groups]: 2^(e + 3), which leaves the products' sums the bf16 kernels' debt of 2^8
+    long long x_stride, int k, int groups, int top_k) {
+  __shared__ u32 s_largest[8];
+  const int thread = threadIdx.x, threads = blockDim.x;
+  asm volatile("griddepcontrol.launch_dependents;");  // the product fetches weights meanwhile
+  x += blockIdx.x * x_stride;
+  u32 largest = 0;
+  for (int unit = thread; unit < k / 8; unit += threads) {
+    const uint4 v = reinterpret_cast<const uint4*>(x)[unit];
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest = max(largest, max(words[i] & 0x7fff, words[i] >> 16 & 0x7fff));
+  }
+  largest = __reduce_max_sync(kAllLanes, largest);
+  if (thread % 32 == 0) s_largest[thread / 32] = largest;
+  __syncthreads();
+  for (int i = 0; i < threads / 32; ++i) largest = max(largest, s_largest[i]);
+  // 31 / 128 carry into the exponent what is above 1.75 of its power of two: 448 is e4m3's end
+  const int e = min(max((largest + 31) >> 7, 8u), 255u);
+  const float up = __uint_as_float((262 - e) << 23);  // 2^(135 - e)
+  const bool finite = largest < 0x7f80;
+  const auto place = [&](int slot) { return position ? __ldg(position + blockIdx.x * top_k + slot) : blockIdx.x; };
+  for (int slot = thread; slot < top_k; slot += threads) {
+    const int row = place(slot);
+    if (row >= 0) factors[row] = __uint_as_float((e - 5) << 23);
+  }
+
+  const int ends = (k + kUnitK - 1) / kUnitK * (kUnitK / 8);  // whole warps
+  for (int unit = thread; unit < ends; unit += threads) {
+    const int block = unit / 2, j = unit % 2;  // of 16 k; which half of their bytes
+    uint2 low = make_uint2(0, 0), high = low;  // k 4j.. and 8 + 4j..
+    if (block * 16 < k) {
+      const uint2* from = reinterpret_cast<const uint2*>(x) + block * 4 + j;
+      low = from[0];
+      high = from[2];
+    }
+    const u32 words[4] = {low.x, low.y, high.x, high.y};
+    u32 hi[2] = {0, 0}, lo[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // k 4j + i and that + 8 are neighbours
+      const u32 a = words[i / 2] << (i % 2 ? 0 : 16), b = words[2 + i / 2] << (i % 2 ? 0 : 16);
+      const float u = __uint_as_float(a & 0xffff0000u) * up, v = __uint_as_float(b & 0xffff0000u) * up;
+      const u32 pair = pair_e4m3(u, v);
+      float u_hi, v_hi;
+      from_pair_e4m3(pair, u_hi, v_hi);
+      hi[i / 2] |= pair << (i % 2 * 16);
+      lo[i / 2] |= pair_e4m3(u - u_hi, v - v_hi) << (i % 2 * 16);
+    }
+    if (!finite) hi[0] = hi[1] = lo[0] = lo[1] = 0x7f7f7f7fu;  // NaN
+    // Two threads have a block: one takes all of hi, the other all of lo.
+    const u32 other0 = __shfl_xor_sync(kAllLanes, j ? hi[0] : lo[0], 1);
+    const u32 other1 = __shfl_xor_sync(kAllLanes, j ? hi[1] : lo[1], 1);
+    const uint4 own = j ? make_uint4(other0, other1, lo[0], lo[1]) : make_uint4(hi[0], hi[1], other0, other1);
+    const long long step = static_cast<long long>(unit / 32) * groups;
+#pragma unroll 8
+    for (int slot = 0; slot < top_k; ++slot) {
+      const int row = place(slot);
+      if (row >= 0) halves[((step + row / 8) * 4 + unit / 8 % 4) * 64 + row % 8 * 8 + (unit % 8 ^ row % 8)] = own;
     }
   }
 }

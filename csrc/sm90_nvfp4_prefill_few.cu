@@ -29,22 +29,12 @@ struct Shape {
   static constexpr int kStaging = kMost * 128;                    // bytes of a warpgroup's output
 };
 
-__device__ __forceinline__ void barrier_arrive(unsigned barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 __device__ __forceinline__ void copy_box(unsigned to, const TensorMap* map, int k, int row, unsigned barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
       "l"(map), "r"(k), "r"(row), "r"(barrier)
       : "memory");
-}
-
-__device__ __forceinline__ void copy_bytes(unsigned to, const void* from, int bytes, unsigned barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
 }
 
 __device__ __forceinline__ Weights load_shared(unsigned codes, unsigned scales) {

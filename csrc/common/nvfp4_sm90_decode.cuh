@@ -288,11 +288,13 @@ __device__ inline void build_columns(u8* columns, float* factor, const Raw& raw,
 }
 
 // Columns of `tokens` x `units` sources by this thread's warp, one of `warps`: find(token, unit) says which, k_left < 0
-// for none. Four loads are in flight at a time, each a way to memory and back.
-template <class S, class Find>
-__device__ inline void build_all(u8* shared, int warp, int warps, int tokens, int units, const Find& find) {
-  constexpr int kAtOnce = 4;
-  for (int first = warp; first < tokens * units; first += kAtOnce * warps) {
+// for none. A warp's loads, of a full window all, are in flight before `requested()`: what that asks memory for comes after.
+template <class S, class Find, class Requested>
+__device__ inline void build_all(u8* shared, int warp, int warps, int tokens, int units, const Find& find,
+                                 const Requested& requested) {
+  constexpr int kAtOnce = (S::kTokens * S::kWindow + S::kThreads / 32 - 1) / (S::kThreads / 32);
+  int first = warp;
+  do {
     Raw raw[kAtOnce];
     bool present[kAtOnce];
 #pragma unroll
@@ -303,6 +305,7 @@ __device__ inline void build_all(u8* shared, int warp, int warps, int tokens, in
       present[i] = source.k_left >= 0;
       raw[i] = load_source(source);
     }
+    if (first == warp) requested();
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int at = first + i * warps, token = at / units, unit = at - token * units;
@@ -310,7 +313,8 @@ __device__ inline void build_all(u8* shared, int warp, int warps, int tokens, in
         build_columns<S>(shared + unit * S::kUnitColumns,
                          reinterpret_cast<float*>(shared + S::kFactors) + unit * S::kTokens + token, raw[i], token);
     }
-  }
+    first += kAtOnce * warps;
+  } while (first < tokens * units);
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
@@ -368,6 +372,7 @@ __device__ inline void fetch_ahead(const Task& task, const u8* codes, const u8* 
 //   source(set, token, unit) its activations, there after wait_for_activations()
 //   fetched_all()            called when the block has all its weights, by all threads
 //   finish(row, token, pair, a, b)   takes the sums of the pair's rows
+//   kEarly                   units a group asks for before wait_for_activations(): what memory brings in that time
 template <class S, class Task>
 __device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* scales, int rows, int units, int chunks,
                        float* partial) {  // [blocks, tokens, 64], absent before and after
@@ -381,7 +386,8 @@ __device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* 
   }
 
   // The group's ring and, for its first thread, which fetches, the next unit and how many chunks of k are left in its row.
-  // The copy engine brings them, for cp.async's weights would hold up every load of ids and x behind them.
+  // The copy engine brings them. Requests queue in the memory system: a load that follows 144 KB an SM of weights takes
+  // 4 us where one alone takes 0.3, so x is asked for behind kEarly units of each group, and the others follow x.
   const u32 ring = shared_address(shared + S::kRing) + group * S::kDepth * kSlotBytes;
   u32 own_codes = ring + thread * 16, own_scales = ring + kUnitChunks * kTileCodes + warp * 64 + g * 8 + (t & 1) * 4;
   keep(own_codes), keep(own_scales);
@@ -413,7 +419,7 @@ __device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* 
     for (int i = 0; i < S::kDepth; ++i) make_barrier(ring + i * kSlotBytes + kUnitBytes);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     find_next();
-    for (int i = 0; i < S::kDepth; ++i) fetch(ring + i * kSlotBytes);
+    for (int i = 0; i < Task::kEarly; ++i) fetch(ring + i * kSlotBytes);
   }
   task.wait_for_activations();
 
@@ -436,6 +442,11 @@ __device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* 
                      const int at = base + slot;
                      if ((at >= k0 ? at - k0 : at - k0 + units) >= needed) return Source{nullptr, -1, 0.0f};
                      return task.source(set, token, at);
+                   },
+                   [&] {
+                     if (thread != 0 || unit != begin) return;
+#pragma unroll 1
+                     for (int i = Task::kEarly; i < S::kDepth; ++i) fetch(ring + i * kSlotBytes);
                    });
       __syncthreads();
     }

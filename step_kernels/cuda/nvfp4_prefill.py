@@ -1,4 +1,4 @@
-"""Launchers of csrc/sm90_nvfp4_{prefill,prefill_few,moe_prefill}.cu: prepared NVFP4 weights and many bf16 tokens.
+"""Launchers of csrc/sm90_nvfp4_{prefill,prefill_few,prefill_halves,moe_prefill}.cu: prepared NVFP4 x bf16 tokens.
 
 Prepared codes are u8 [..., blocks, chunks, 2048], scales u8 [..., blocks, chunks, 256]: a tile of 64 rows x 64 k each.
 """
@@ -12,16 +12,10 @@ import torch
 from torch import Tensor
 
 from .driver import Kernel
+from .nvfp4_prefill_plan import BLOCKS, HALVES_STEP, SIZES, STEP, bounds, dense_plan, moe_kernel
 
-# Tile sizes (tokens) of each kernel, ascending. A kernel's sizes share its registers: no more fit.
-SIZES = {
-    "few_64": (32, 64), "few_96": (64, 96), "few_128": (128,),
-    "128": (32, 64, 96, 128), "160": (64, 96, 128, 160), "256": (128, 224, 256),
-}  # fmt: skip
 TILE_ROWS, TILE_K = 64, 64
-BLOCKS = 4  # of 64 rows: a few_ kernel's CTA, or a cluster of two CTAs
-STEP = 2  # chunks of 64 k that a few_ kernel takes at a time
-BOX = 32  # tokens of one copy
+BOX, HALVES_GROUP = 32, 8  # tokens of one copy; of a halves_ kernel's
 GROUP = 8  # token tiles that go through the weight together: 16 MB of x at k = 4096, so that L2 holds them
 MAX_EXPERTS = 1024  # threads of the sort, one an expert
 _LARGEST = 1 << 30  # bytes of sorted x at a time, without its padding
@@ -30,19 +24,25 @@ _SHARE = 1024  # pairs of a block of the sort, where there are at least 8 such s
 
 # Alignment, stages of x (and of the weights), staged outputs.
 _SHARED_BYTES = {name: 1024 + 4 * 256 * 128 + 2 * 256 * 128 for name in SIZES}
-for _name, _steps, _most in (("few_64", 5, 64), ("few_96", 4, 96), ("few_128", 3, 128)):
-    _SHARED_BYTES[_name] = 1024 + _steps * STEP * (_most * 128 + BLOCKS * 2304) + BLOCKS * _most * 128
+for _name, _chunks, _most in (
+    ("few_64", 5 * STEP, 64), ("few_96", 4 * STEP, 96), ("few_128", 3 * STEP, 128),
+    ("halves_32", 4 * HALVES_STEP, 32), ("halves_48", 3 * HALVES_STEP, 48),
+):  # fmt: skip
+    _SHARED_BYTES[_name] = 1024 + _chunks * (_most * 128 + BLOCKS * 2304) + BLOCKS * _most * 128
+
+# The tensor maps are one parameter, the last: the driver reads all their bytes from the first q's address.
+_PARAMETERS = {
+    "": "PPPPPiiiiiiiif" + 32 * "q", "_few": "PPPPPPiiiiiiiiif" + 32 * "q",
+    "_halves": "PPPPPPPPiiiiiiiiiif" + 16 * "q",
+}  # fmt: skip
 
 
-# The tensor maps are one parameter, the last: the driver reads its 256 bytes from the first q's address.
 def _kernels(kind: str) -> dict[str, Kernel]:
     kernels = {}
     for name, shared_bytes in _SHARED_BYTES.items():
-        size = name.removeprefix("few_")
-        source, parameters = ("_few", "PPPPPPiiiiiiiiif") if name != size else ("", "PPPPPiiiiiiiif")
-        source = f"sm90_nvfp4_prefill{source}"
-        symbol, parameters = f"{source}_{kind}_{size}", parameters + 32 * "q"
-        kernels[name] = Kernel(source, symbol, parameters, shared_bytes, dependent=name != size)
+        family, _, size = f"_{name}".rpartition("_")
+        source = f"sm90_nvfp4_prefill{family}"
+        kernels[name] = Kernel(source, f"{source}_{kind}_{size}", _PARAMETERS[family], shared_bytes, family != "")
     return kernels
 
 
@@ -51,6 +51,7 @@ SUM = Kernel("sm90_nvfp4_prefill_few", "sm90_nvfp4_prefill_few_sum", "PPPiiiii",
 COUNT = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_count", "PPii")
 SORT = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_sort", "PPPPPiiiiii")
 GATHER = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_gather", "PPPqii")
+HALVES = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_halves", "PPPPqiii")
 COMBINE = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_combine", "PPPPii")
 
 
@@ -65,15 +66,18 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor, n: in
     name, size, splits = dense_plan(len(rows), blocks, chunks, multiprocessors)
     token_tiles = -(-len(rows) // size)
     weight = (codes, scales, global_scale.contiguous())
-    if name.startswith("few_"):
-        units = token_tiles * size // BOX
-        partial = rows.new_empty(splits, units, blocks, TILE_ROWS * BOX, dtype=torch.float32) if splits > 1 else 0
-        _few(PLAIN[name], rows, weight, (0, 0, partial, token_tiles, size), splits, out, n, multiprocessors)
-        if splits > 1:
-            values = (splits, len(rows), global_scale.numel(), n, out.shape[1])
-            SUM.launch((blocks, units, 1), 128, partial, weight[2], out, *values)
-    else:
+    if name.isdecimal():
         _many(PLAIN[name], rows, weight, (0, 0, token_tiles, size, GROUP), out, n, multiprocessors)
+        return out[:, :n].reshape(*x.shape[:-1], n)
+    units = token_tiles * -(-size // BOX)
+    partial = rows.new_empty(splits, units, blocks, TILE_ROWS * BOX, dtype=torch.float32) if splits > 1 else 0
+    product, values = (_few, rows)
+    if name.startswith("halves_"):
+        product, values = _halves_product, _halves(rows, 0, token_tiles * size, 1)
+    product(PLAIN[name], values, weight, (0, 0, partial, token_tiles, size), splits, out, n, multiprocessors)
+    if splits > 1:
+        values = (splits, len(rows), global_scale.numel(), n, out.shape[1])
+        SUM.launch((blocks, units, 1), 128, partial, weight[2], out, *values)
     return out[:, :n].reshape(*x.shape[:-1], n)
 
 
@@ -102,20 +106,27 @@ def _moe(x, weights, ids, gate_up, down, inner_size, limit, out) -> None:
     tiles, rows = bounds(ids.numel(), experts, name)
     position, table, count = sort(ids, experts, SIZES[name], tiles)
     sorted_rows, inner = x.new_empty(rows, hidden), x.new_empty(rows, inner_size)
-    GATHER.launch((tokens, 1, 1), 256, x, position, sorted_rows, x.stride(0), hidden, top_k)
+    halves = name.startswith("halves_")
+    if halves:
+        values = _halves(x, position, rows, top_k)
+    else:
+        values = sorted_rows
+        GATHER.launch((tokens, 1, 1), 256, x, position, sorted_rows, x.stride(0), hidden, top_k)
     multiprocessors = _multiprocessors(x.device.index)
     limit = float("inf") if limit is None else limit
-    for kernel, values, weight, to, columns in (
-        (PAIRED[name], sorted_rows, gate_up, inner, 32),
-        (PLAIN[name], inner, down, sorted_rows, 64),  # the sorted x has been read
+    for kernel, weight, to, columns in (
+        (PAIRED[name], gate_up, inner, 32),
+        (PLAIN[name], down, sorted_rows, 64),  # the sorted x has been read
     ):
         weight = (*weight[:2], weight[2].contiguous())
-        if name.startswith("few_"):
-            work = (table, count, 0, tiles, 0)
-            _few(kernel, values, weight, work, 1, to, to.shape[1], multiprocessors, limit, columns)
-        else:
+        if name.isdecimal():
             work = (table, count, tiles, 0, 1)
             _many(kernel, values, weight, work, to, to.shape[1], multiprocessors, limit, columns)
+        else:
+            product, work = _halves_product if halves else _few, (table, count, 0, tiles, 0)
+            product(kernel, values, weight, work, 1, to, to.shape[1], multiprocessors, limit, columns)
+        if to is inner:
+            values = _halves(inner, 0, rows, 1) if halves else inner
     COMBINE.launch((tokens, 1, 1), 256, sorted_rows, weights, position, out, hidden, top_k)
 
 
@@ -133,56 +144,6 @@ def sort(ids: Tensor, experts: int, sizes: tuple[int, ...], tiles: int) -> tuple
     return position, table, count
 
 
-# Clocks of 256 rows x 64 k by tile size: of an SM (few_ kernels; predicted), or of a cluster of two (measured, H200).
-_FEW_CLOCKS = {32: 640, 64: 680, 96: 980, 128: 1300}
-_CLOCKS = {32: 550, 64: 600, 96: 745, 128: 765, 160: 940, 224: 1120, 256: 1240}
-_TILE_CLOCKS = 3000  # of a tile's first copies and its output
-_SUM_CLOCKS = 4000  # of the kernel that adds the splits, besides its 2000 bytes a clock
-
-
-@functools.lru_cache(1024)
-def dense_plan(tokens: int, blocks: int, chunks: int, multiprocessors: int) -> tuple[str, int, int]:
-    """Kernel, tokens a tile and splits of k for the shortest way through all tiles."""
-    row_tiles, steps = -(-blocks // BLOCKS), -(-chunks // STEP)
-    plans = []
-    for size in _CLOCKS:
-        tiles = -(-tokens // size) * row_tiles
-        name = next(name for name, sizes in SIZES.items() if size in sizes and not name.startswith("few_"))
-        clocks = -(-tiles // (multiprocessors // 2)) * (chunks * _CLOCKS[size] + _TILE_CLOCKS)
-        plans.append((clocks, name, size, 1))
-    for size in _FEW_CLOCKS:
-        tiles = -(-tokens // size) * row_tiles
-        name = next(name for name, sizes in SIZES.items() if size in sizes and name.startswith("few_"))
-        for each in {-(-steps // splits) for splits in range(1, 33)}:
-            splits = -(-steps // each)
-            clocks = -(-tiles * splits // multiprocessors) * (each * STEP * _FEW_CLOCKS[size] + _TILE_CLOCKS)
-            if splits > 1:
-                clocks += _SUM_CLOCKS + tiles * splits * size * BLOCKS * TILE_ROWS * 4 // 2000
-            plans.append((clocks, name, size, splits))
-    return min(plans)[1:]
-
-
-def moe_kernel(mean: float) -> str:
-    """The kernel that is best where experts have `mean` tokens, give or take its square root."""
-
-    def clocks(name: str) -> float:
-        total, largest, few = 0, SIZES[name][-1], name.startswith("few_")
-        for tokens in (mean + deviations * mean**0.5 for deviations in (-1.5, -0.5, 0.5, 1.5)):
-            count = max(1, -(-tokens // largest))
-            size = next(s for s in SIZES[name] if s * count >= tokens)
-            total += count * (_FEW_CLOCKS[size] + 80 if few else 2 * (_CLOCKS[size] + 80))
-        return total
-
-    return min(SIZES, key=clocks)
-
-
-def bounds(pairs: int, experts: int, name: str) -> tuple[int, int]:
-    """The most tiles and rows of sorted x that any routing of `pairs` can need in a kernel."""
-    sizes = (0, *SIZES[name])
-    tiles = pairs // sizes[-1] + min(experts, pairs)
-    return tiles, pairs + tiles * max(b - a for a, b in zip(sizes, sizes[1:]))
-
-
 def _few(kernel, x, weight, work, splits, out, rows, multiprocessors, limit=0.0, box_columns=64) -> None:
     """`work`: tiles, tile_count, partial, (at most) token_tiles, tile_tokens."""
     shape = _shape(weight)
@@ -191,6 +152,27 @@ def _few(kernel, x, weight, work, splits, out, rows, multiprocessors, limit=0.0,
     grid = (min(multiprocessors, work[3] * row_tiles * splits), 1, 1)
     maps = (*tensor_map(x, TILE_K), *tensor_map(out, box_columns))
     kernel.launch(grid, 128 * (1 + BLOCKS), *weight, *values, *maps)
+
+
+def _halves(x: Tensor, position: Tensor | int, rows: int, top_k: int) -> tuple[Tensor, Tensor, int]:
+    """bf16 [tokens, k] to rows `position` -> FP8 halves of x, f32 factors of the rows, groups of rows."""
+    groups, steps = -(-rows // HALVES_GROUP), -(-x.shape[1] // (HALVES_STEP * TILE_K))
+    halves = x.new_empty(steps, groups, HALVES_GROUP * HALVES_STEP * 2 * TILE_K, dtype=torch.uint8)
+    factors = x.new_empty(groups * HALVES_GROUP, dtype=torch.float32)
+    values = (x, position, halves, factors, x.stride(0), x.shape[1], groups, top_k)
+    HALVES.launch((len(x), 1, 1), min(256, 32 * steps), *values)
+    return halves, factors, groups
+
+
+def _halves_product(
+    kernel, halves, weight, work, splits, out, rows, multiprocessors, limit=0.0, box_columns=64
+) -> None:
+    """`work`: tiles, tile_count, partial, (at most) token_tiles, tile_tokens."""
+    shape = _shape(weight)
+    row_tiles, steps = -(-shape[0] // BLOCKS), -(-shape[1] // HALVES_STEP)
+    values = (*work[:3], *halves, *work[3:], row_tiles, splits, -(-steps // splits), *shape, rows, limit)
+    grid = (min(multiprocessors, work[3] * row_tiles * splits), 1, 1)
+    kernel.launch(grid, 128 * (1 + BLOCKS), *weight, *values, *tensor_map(out, box_columns, HALVES_GROUP))
 
 
 def _many(kernel, x, weight, work, out, rows, multiprocessors, limit=0.0, box_columns=64) -> None:
@@ -219,12 +201,12 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tensor_map(x: Tensor, columns: int) -> tuple[int, ...]:
-    """How the copy engine goes through bf16 [rows, k]: boxes of BOX rows x 64 or 32 columns, swizzled, 0 outside."""
+def tensor_map(x: Tensor, columns: int, rows: int = BOX) -> tuple[int, ...]:
+    """How the copy engine goes through bf16 [m, k]: boxes of `rows` x 64 or 32 columns, swizzled, 0 outside."""
     buffer = (ctypes.c_uint64 * 24)()
     address = -(-ctypes.addressof(buffer) // 64) * 64  # the driver takes maps at multiples of 64 bytes alone
     sizes, strides = (ctypes.c_uint64 * 2)(x.shape[1], x.shape[0]), (ctypes.c_uint64 * 1)(2 * x.stride(0))
-    box, steps = (ctypes.c_uint32 * 2)(columns, BOX), (ctypes.c_uint32 * 2)(1, 1)
+    box, steps = (ctypes.c_uint32 * 2)(columns, rows), (ctypes.c_uint32 * 2)(1, 1)
     bf16, plain, promote_256, zeros = 9, 0, 3, 0  # values of cuda.h's enums
     swizzle = {64: 3, 32: 2}[columns]  # by a row's 128 or 64 bytes
     error = _libcuda().cuTensorMapEncodeTiled(

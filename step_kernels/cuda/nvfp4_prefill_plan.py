@@ -1,0 +1,65 @@
+"""Which of the prefill kernels, in which tiles, for so many tokens: from clocks that are tabled here."""
+
+from __future__ import annotations
+
+import functools
+
+# Tile sizes (tokens) of each kernel, ascending. A kernel's sizes share its registers: no more fit.
+SIZES = {
+    "halves_32": (8, 16, 24, 32), "halves_48": (24, 32, 40, 48),
+    "few_64": (32, 64), "few_96": (64, 96), "few_128": (128,),
+    "128": (32, 64, 96, 128), "160": (64, 96, 128, 160), "256": (128, 224, 256),
+}  # fmt: skip
+BLOCKS = 4  # of 64 rows: the CTA of a few_ or halves_ kernel, or a cluster of two CTAs
+STEP, HALVES_STEP = 2, 4  # chunks of 64 k that a few_ or a halves_ kernel takes at a time
+
+# Clocks of 256 rows x 64 k by tile size: of an SM (few_ kernels; predicted), or of a cluster of two (measured, H200).
+_FEW_CLOCKS = {32: 640, 64: 680, 96: 980, 128: 1300}
+_CLOCKS = {32: 550, 64: 600, 96: 745, 128: 765, 160: 940, 224: 1120, 256: 1240}
+_HALVES_CLOCKS = {8: 490, 16: 490, 24: 530, 32: 600, 40: 660, 48: 740}  # predicted
+_TILE_CLOCKS = 3000  # of a tile's first copies and its output
+_SUM_CLOCKS = 4000  # of the kernel that adds the splits, besides its 2000 bytes a clock
+
+
+@functools.lru_cache(1024)
+def dense_plan(tokens: int, blocks: int, chunks: int, multiprocessors: int) -> tuple[str, int, int]:
+    """Kernel, tokens a tile and splits of k for the shortest way through all tiles."""
+    row_tiles, steps = -(-blocks // BLOCKS), -(-chunks // STEP)
+    plans = []
+    for size in _CLOCKS:
+        tiles = -(-tokens // size) * row_tiles
+        name = next(name for name, sizes in SIZES.items() if size in sizes and name.isdecimal())
+        clocks = -(-tiles // (multiprocessors // 2)) * (chunks * _CLOCKS[size] + _TILE_CLOCKS)
+        plans.append((clocks, name, size, 1))
+    for size in _FEW_CLOCKS:
+        tiles = -(-tokens // size) * row_tiles
+        name = next(name for name, sizes in SIZES.items() if size in sizes and name.startswith("few_"))
+        for each in {-(-steps // splits) for splits in range(1, 33)}:
+            splits = -(-steps // each)
+            clocks = -(-tiles * splits // multiprocessors) * (each * STEP * _FEW_CLOCKS[size] + _TILE_CLOCKS)
+            if splits > 1:
+                clocks += _SUM_CLOCKS + tiles * splits * size * BLOCKS * 64 * 4 // 2000
+            plans.append((clocks, name, size, splits))
+    return min(plans)[1:]
+
+
+def moe_kernel(mean: float) -> str:
+    """The kernel that is best where experts have `mean` tokens, give or take its square root."""
+
+    def clocks(name: str) -> float:
+        total, largest = 0, SIZES[name][-1]
+        table = {"f": _FEW_CLOCKS, "h": _HALVES_CLOCKS}.get(name[0])
+        for tokens in (mean + deviations * mean**0.5 for deviations in (-1.5, -0.5, 0.5, 1.5)):
+            count = max(1, -(-tokens // largest))
+            size = next(s for s in SIZES[name] if s * count >= tokens)
+            total += count * (table[size] + 80 if table else 2 * (_CLOCKS[size] + 80))
+        return total
+
+    return min(SIZES, key=clocks)
+
+
+def bounds(pairs: int, experts: int, name: str) -> tuple[int, int]:
+    """The most tiles and rows of sorted x that any routing of `pairs` can need in a kernel."""
+    sizes = (0, *SIZES[name])
+    tiles = pairs // sizes[-1] + min(experts, pairs)
+    return tiles, pairs + tiles * max(b - a for a, b in zip(sizes, sizes[1:]))
