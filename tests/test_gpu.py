@@ -93,6 +93,7 @@ def test_bf16_nvfp4_logits_err_at_most_twice_as_much_as_transformers_with_decode
         tensors = load_file(file)
         for n in (n for n, layer in enumerate(CONFIG.layers) if layer.moe):
             experts = model.layers[n].ffn.experts
+            experts = sk.nvfp4_restore(experts) if isinstance(experts.down, sk.PreparedWeight) else experts
             gate, up = experts.gate_up.dequantize().chunk(2, 1)
             for projection, w in (("gate", gate), ("up", up), ("down", experts.down.dequantize())):
                 if f"model.layers.{n}.moe.{projection}_proj.weight" in tensors:
