@@ -1,6 +1,6 @@
 // out = x W^T for a prepared NVFP4 weight [n, k] and few bf16 rows of x; common/nvfp4_sm90_decode.cuh does the work.
 //
-// Bytes: 9/16 of a byte a weight, once for every kTokens rows of x.
+// Bytes: 9/16 of a byte a weight, once.
 #include "common/nvfp4_sm90_decode.cuh"
 
 template <class S>
@@ -11,11 +11,11 @@ struct Linear {
   const u16* x;
   u16* out;
   i64 x_stride;
-  int m, n, k, row_blocks, part_rows;
+  int m, n, k, part_rows;
 
-  __device__ int columns_of(int row) const { return row < row_blocks ? 0 : row / row_blocks; }
-  __device__ int rows_end(int set) const { return (set + 1) * row_blocks; }
-  __device__ Place place(int row, int unit) const { return {row - columns_of(row) * row_blocks, unit}; }
+  __device__ int columns_of(int) const { return 0; }
+  __device__ int rows_end(int) const { return (n + kTileRows - 1) / kTileRows; }
+  __device__ Place place(int row, int unit) const { return {row, unit}; }
   // The weights and scales have been there since they were prepared. The next kernel starts after the wait, so that it
   // may rely on the same.
   __device__ void wait_for_activations() const {
@@ -23,14 +23,14 @@ struct Linear {
     let_next_kernel_start();
   }
   __device__ void fetched_all() const {}
-  __device__ int tokens(int set) const { return min(S::kTokens, m - set * S::kTokens); }
-  __device__ Source source(int set, int token, int unit) const {
-    return {x + (set * S::kTokens + token) * x_stride + unit * kUnitK, k - unit * kUnitK, 1.0f};
+  __device__ int tokens(int) const { return m; }
+  __device__ Source source(int, int token, int unit) const {
+    return {x + token * x_stride + unit * kUnitK, k - unit * kUnitK, 1.0f};
   }
   __device__ float scale(int at) const { return at < part_rows ? first_scale : global_scale[at / part_rows]; }
   __device__ void finish(int row, int token, int pair, float a, float b) const {
-    const int set = columns_of(row), at = (row - set * row_blocks) * kTileRows + pair_row(pair);
-    u16* to = out + static_cast<i64>(set * S::kTokens + token) * n + at;
+    const int at = row * kTileRows + pair_row(pair);
+    u16* to = out + static_cast<i64>(token) * n + at;
     if (at < n) to[0] = to_bf16(a * kRange * scale(at));
     if (at + 8 < n) to[8] = to_bf16(b * kRange * scale(at + 8));
   }
@@ -40,14 +40,13 @@ template <int kTokens>
 __device__ inline void linear(const u8* codes,            // [row blocks, chunks, 2048]
                               const u8* scales,           // [row blocks, chunks, 256]
                               const float* global_scale,  // [n / part_rows]
-                              const u16* x,               // bf16 [m, k], rows x_stride apart, each at 16 bytes
+                              const u16* x,               // bf16 [m <= kTokens, k], rows x_stride apart, each at 16 bytes
                               u16* out,                   // bf16 [m, n]
                               float* partial, i64 x_stride, int m, int n, int k, int part_rows) {
   using S = Shape<kTokens>;
   extern __shared__ __align__(128) u8 s_all[];
-  const int row_blocks = (n + kTileRows - 1) / kTileRows, rows = row_blocks * ((m + kTokens - 1) / kTokens);
-  const Linear<S> task{global_scale, __ldcg(global_scale), x, out, x_stride, m, n, k, row_blocks, part_rows};
-  decode<S>(task, s_all, codes, scales, rows, units_of(k), chunks_of(k), partial);
+  const Linear<S> task{global_scale, __ldcg(global_scale), x, out, x_stride, m, n, k, part_rows};
+  decode<S>(task, s_all, codes, scales, task.rows_end(0), units_of(k), chunks_of(k), partial);
 }
 
 #define VARIANT(tokens)                                                                                        \

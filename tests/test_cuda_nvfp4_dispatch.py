@@ -13,28 +13,28 @@ from step_kernels import registry
 from step_kernels.prepared import PreparedWeight, tiles
 
 LINEARS = """
-tokens      1  2  3  4  5  8  9  16 17      32      33      64      128      256     1024     8192
-8192x4096   t2 t2 t4 t4 t8 t8 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+  few_64  256      256
-12288x4096  t2 t2 t4 t4 t8 t8 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64   256     256      256
-1024x4096   t2 t2 t4 t4 t8 t8 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+  few_64+ few_64+  256
-64x4096     t2 t2 t4 t4 t8 t8 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+  few_64+ few_64+  few_64
-96x4096     t2 t2 t4 t4 t8 t8 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+  few_64+ few_64+  few_64
-4096x8192   t2 t2 t4 t4 t8 t8 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+  few_64+ 256      256
-4096x12288  t2 t2 t4 t4 t8 t8 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+  few_64+ 256      256
-11264x4096  t2 t2 t4 t4 t8 t8 t8 t8 few_64+ few_64+ few_64+ few_64+ few_128+ few_96  256      256
-4096x11264  t2 t2 t4 t4 t8 t8 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+  few_64+ 256      256
-1280x4096   t2 t2 t4 t4 t8 t8 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+  few_64+ few_128+ 256
-4096x1280   t2 t2 t4 t4 t8 t8 t8 t8 few_64+ few_64+ few_64+ few_64+ 128      128     256      256
-128896x4096 t2 t2 t4 t4 t8 t8 t8 t8 few_64  few_64  few_64  few_64  few_128  256     256      256
+tokens      1  2  3  4  5  8  9       16      17      32      33      64      128      256      1024     8192
+8192x4096   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ 128      256      256
+12288x4096  t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ 256      256      256
+1024x4096   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_64+  few_64+  few_128+ 256
+64x4096     t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_64+  few_64+  few_64+  128
+96x4096     t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_64+  few_64+  few_64+  128
+4096x8192   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ few_128+ 256      256
+4096x12288  t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ few_128+ 256      256
+11264x4096  t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ 256      256      256
+4096x11264  t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ few_128+ 256      256
+1280x4096   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_64+  few_64+  few_128+ 256
+4096x1280   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ 128      128      256      256
+128896x4096 t2 t2 t4 t4 t8 t8 few_64  few_64  few_64  few_64  few_64  few_64  few_128  256      256      256
 """
 
 EXPERTS = """
-tokens   1   2   3  4  5  8  16 21 22 32 64 65        128       256       512       1024      2048   4096   8192
-288x1280 few few t2 t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_96 256
-288x640  few few t2 t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_96 256
-288x320  few few t2 t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_96 256
-288x160  few few t2 t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_96 256
-36x1280  few few t4 t4 t4 t4 t8 t8 t8 t8 t8 halves_32 halves_48 few_96    few_96    256       256    256    few_128
+tokens   1   2   3  4  5  8  16 21 22 32 64 65        128       256       512       1024      2048   4096    8192
+288x1280 few few t2 t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
+288x640  few few t2 t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
+288x320  few few t2 t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
+288x160  few few t2 t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
+36x1280  few few t4 t4 t4 t4 t8 t8 t8 t8 t8 halves_32 halves_48 few_96    few_128   256       256    256     256
 """
 
 

@@ -122,11 +122,10 @@ def test_each_number_of_tokens_goes_to_its_kernel(monkeypatch):
     monkeypatch.setattr(launcher, "partials", lambda device: torch.zeros(132 * 512, dtype=torch.int32))
     for n, k in ((96, 4096), (1280, 320), (4096, 160)):
         ready = sk.nvfp4_prepare(nvfp4_weight(n, k))
-        tokens = (1, 2, 3, 4, 5, 8, 9, launcher.MOST_TOKENS, launcher.MOST_TOKENS + 1, 100)
-        for m in tokens:
+        for m in (1, 2, 3, 4, 5, 8, 9, 100):
             out = launcher.launch(torch.zeros(m, k).bfloat16(), *fields(ready), n)
             assert out.shape == (m, n) and out.is_contiguous()
-        assert launched == [2, 2, 4, 4, 8, 8, 8, 8, "prefill", "prefill"]
+        assert launched == [2, 2, 4, 4, 8, 8, "prefill", "prefill"]
         launched.clear()
     empty = launcher.launch(torch.zeros(2, 0, 160).bfloat16(), *fields(ready), n)
     assert empty.shape == (2, 0, 4096) and not launched

@@ -13,12 +13,13 @@ SIZES = {
 BLOCKS = 4  # of 64 rows: the CTA of a few_ or halves_ kernel, or a cluster of two CTAs
 STEP, HALVES_STEP = 2, 4  # chunks of 64 k that a few_ or a halves_ kernel takes at a time
 
-# Clocks of 256 rows x 64 k by tile size: of an SM (few_ kernels; predicted), or of a cluster of two (measured, H200).
-_FEW_CLOCKS = {32: 640, 64: 680, 96: 980, 128: 1300}
-_CLOCKS = {32: 550, 64: 600, 96: 745, 128: 765, 160: 940, 224: 1120, 256: 1240}
-_HALVES_CLOCKS = {8: 490, 16: 490, 24: 530, 32: 600, 40: 660, 48: 740}  # predicted
-_TILE_CLOCKS = 3000  # of a tile's first copies and its output
-_SUM_CLOCKS = 4000  # of the kernel that adds the splits, besides its 2000 bytes a clock
+# Measured on an H200, in clocks of 1.755 GHz, for 256 rows x 64 k by tile size: of an SM, or of a cluster of two (_CLOCKS).
+_FEW_CLOCKS = {32: 960, 64: 1120, 96: 1270, 128: 1420}
+_CLOCKS = {32: 720, 64: 770, 96: 850, 128: 950, 160: 1000, 224: 1150, 256: 1240}
+_HALVES_CLOCKS = {8: 623, 16: 670, 24: 772, 32: 881, 40: 984, 48: 1088}
+_TILE_CLOCKS = 3400  # of a tile's first copies and its output
+# Of the kernel that adds the splits: its start, each split's way through memory, and its bytes a clock.
+_SUM_CLOCKS, _SPLIT_CLOCKS, _SUM_BYTES = 4000, 300, 1200
 
 
 @functools.lru_cache(1024)
@@ -38,7 +39,8 @@ def dense_plan(tokens: int, blocks: int, chunks: int, multiprocessors: int) -> t
             splits = -(-steps // each)
             clocks = -(-tiles * splits // multiprocessors) * (each * STEP * _FEW_CLOCKS[size] + _TILE_CLOCKS)
             if splits > 1:
-                clocks += _SUM_CLOCKS + tiles * splits * size * BLOCKS * 64 * 4 // 2000
+                partial = tiles * splits * size * BLOCKS * 64 * 4
+                clocks += _SUM_CLOCKS + splits * _SPLIT_CLOCKS + partial // _SUM_BYTES
             plans.append((clocks, name, size, splits))
     return min(plans)[1:]
 
