@@ -212,25 +212,24 @@ extern "C" __global__ void __launch_bounds__(256) sm90_nvfp4_moe_prefill_combine
     const uint4* sorted,   // bf16 [rows, hidden]
     const float* weights,  // [tokens, top_k]
     const int* position, uint4* out, int hidden, int top_k) {
-  const int units = hidden / 8;
+  const int units = hidden / 8, unit = blockIdx.y * 256 + threadIdx.x;
+  if (unit >= units) return;
   weights += static_cast<long long>(blockIdx.x) * top_k;
   position += static_cast<long long>(blockIdx.x) * top_k;
-  for (int unit = threadIdx.x; unit < units; unit += 256) {
-    float sum[8] = {};
+  float sum[8] = {};
 #pragma unroll 8
-    for (int slot = 0; slot < top_k; ++slot) {
-      const int row = __ldg(position + slot);
-      if (row < 0) continue;
-      const float weight = __ldg(weights + slot);
-      const uint4 v = __ldcs(sorted + static_cast<long long>(row) * units + unit);
-      const unsigned words[4] = {v.x, v.y, v.z, v.w};
+  for (int slot = 0; slot < top_k; ++slot) {
+    const int row = __ldg(position + slot);
+    if (row < 0) continue;
+    const float weight = __ldg(weights + slot);
+    const uint4 v = __ldcs(sorted + static_cast<long long>(row) * units + unit);
+    const unsigned words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sum[2 * i] = fmaf(weight, __uint_as_float(words[i] << 16), sum[2 * i]);
-        sum[2 * i + 1] = fmaf(weight, __uint_as_float(words[i] & 0xffff0000u), sum[2 * i + 1]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      sum[2 * i] = fmaf(weight, __uint_as_float(words[i] << 16), sum[2 * i]);
+      sum[2 * i + 1] = fmaf(weight, __uint_as_float(words[i] & 0xffff0000u), sum[2 * i + 1]);
     }
-    out[static_cast<long long>(blockIdx.x) * units + unit] =
-        make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
   }
+  out[static_cast<long long>(blockIdx.x) * units + unit] =
+      make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
 }

@@ -127,7 +127,7 @@ def _moe(x, weights, ids, gate_up, down, inner_size, limit, out) -> None:
             product(kernel, values, weight, work, 1, to, to.shape[1], multiprocessors, limit, columns)
         if to is inner:
             values = _halves(inner, 0, rows, 1) if halves else inner
-    COMBINE.launch((tokens, 1, 1), 256, sorted_rows, weights, position, out, hidden, top_k)
+    COMBINE.launch((tokens, -(-hidden // 2048), 1), 256, sorted_rows, weights, position, out, hidden, top_k)
 
 
 def sort(ids: Tensor, experts: int, sizes: tuple[int, ...], tiles: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ SIZES = {
 BLOCKS = 4  # of 64 rows: the CTA of a few_ or halves_ kernel, or a cluster of two CTAs
 STEP, HALVES_STEP = 2, 4  # chunks of 64 k that a few_ or a halves_ kernel takes at a time
 
-# Measured on an H200, in clocks of 1.755 GHz, for 256 rows x 64 k by tile size: of an SM, or of a cluster of two (_CLOCKS).
+# Measured on an H200, clocks of 1.755 GHz for 256 rows x 64 k by tile size: of an SM, in _CLOCKS of a cluster of two.
 _FEW_CLOCKS = {32: 960, 64: 1120, 96: 1270, 128: 1420}
 _CLOCKS = {32: 720, 64: 770, 96: 850, 128: 950, 160: 1000, 224: 1150, 256: 1240}
 _HALVES_CLOCKS = {8: 623, 16: 670, 24: 772, 32: 881, 40: 984, 48: 1088}

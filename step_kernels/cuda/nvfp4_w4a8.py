@@ -101,7 +101,7 @@ def _moe(x, weights, ids, gate_up, down, limit, out) -> None:
     _product(PAIRED[name], rounded, gate_up, work, inner, inner.shape[1], limit, 32)
     rounded = _quantize(inner, pairs, rows, position, 1, sorted_x=True)
     _product(PLAIN[name], rounded, down, work, results, hidden)
-    COMBINE.launch((tokens, 1, 1), 256, results, weights, position, out, hidden, top_k)
+    COMBINE.launch((tokens, -(-hidden // 2048), 1), 256, results, weights, position, out, hidden, top_k)
 
 
 def _quantize(x, count, places, position=0, slots=1, sorted_x=False) -> tuple[Tensor, Tensor]:
