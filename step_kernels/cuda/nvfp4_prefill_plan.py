@@ -24,7 +24,10 @@ _SUM_CLOCKS, _SPLIT_CLOCKS, _SUM_BYTES = 4000, 300, 1200
 
 @functools.lru_cache(1024)
 def dense_plan(tokens: int, blocks: int, chunks: int, multiprocessors: int) -> tuple[str, int, int]:
-    """Kernel, tokens a tile and splits of k for the shortest way through all tiles."""
+    """Kernel, tokens a tile and splits of k for the shortest way through all tiles.
+
+    Not halves_: with one weight few_ is ahead wherever both were measured, 8192 x 4096 at 16 tokens 15.7 us to 18.5.
+    """
     row_tiles, steps = -(-blocks // BLOCKS), -(-chunks // STEP)
     plans = []
     for size in _CLOCKS:
