@@ -11,9 +11,8 @@ from torch import Tensor
 from . import nvfp4_prefill
 from .driver import Kernel
 
-MOST_TOKENS = (
-    8  # to decode; the prefill kernels read the weight once for more: 8192 x 4096 at 16 tokens 15.7 us, not 17.3
-)
+# To decode. The prefill kernels read the weight once for more: 8192 x 4096 at 16 tokens takes 15.7 us, not 17.3.
+MOST_TOKENS = 8
 # By the tokens that share a read of the weight: 2 of them take two MMA columns a scale block each, more take one.
 THREADS = {2: 256, 4: 256, 8: 384}
 BLOCKS = {2: 2, 4: 2, 8: 1}  # on a multiprocessor, which has 228 KB of shared memory less 1 KB a block
