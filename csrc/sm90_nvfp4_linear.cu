@@ -5,7 +5,6 @@
 
 template <class S>
 struct Linear {
-  static constexpr bool kArriving = false;
   static constexpr int kEarly = 1;
   const float* global_scale;
   float first_scale;
@@ -24,7 +23,6 @@ struct Linear {
     let_next_kernel_start();
   }
   __device__ void fetched_all() const {}
-  __device__ bool arriving() const { return false; }
   __device__ int tokens(int) const { return m; }
   __device__ Source source(int, int token, int unit) const {
     return {x + token * x_stride + unit * kUnitK, k - unit * kUnitK, 1.0f};

@@ -12,7 +12,6 @@
 #include "common/nvfp4_sm90_decode.cuh"
 
 constexpr int kFewPairs = 32;
-constexpr int kAhead = 3;  // units of each group on their way while blocks do not wait: what waits is behind them
 
 struct Routing {
   int* count;
@@ -30,26 +29,18 @@ struct Routing {
   // The tables but `offset` from at most kFewPairs by one warp; others must meet it before they read them.
   template <class S>
   __device__ void sort_few(const int* ids, int pairs, int experts) const {
-    const int p = threadIdx.x % 32, given = p < pairs ? __ldcg(ids + p) : -1;
+    const int p = threadIdx.x % 32, given = p < pairs ? ids[p] : -1;
     const int e = given >= 0 && given < experts ? given : kMostExperts;
     int place = 0, rank = 0, size = 0, tile = 0;
-    constexpr int kAtOnce = 8;  // lanes without a pair are behind all experts
-    for (int first = 0; first < pairs; first += kAtOnce) {
-#pragma unroll
-      for (int q = 0; q < kAtOnce; ++q) {
-        const int other = __shfl_sync(0xFFFFFFFFu, e, first + q);
-        place += other < e;
-        rank += other == e && first + q < p;
-        size += other == e;
-      }
+    for (int q = 0; q < pairs; ++q) {
+      const int other = __shfl_sync(0xFFFFFFFFu, e, q);
+      place += other < e;
+      rank += other == e && q < p;
+      size += other == e;
     }
     const bool local = e < kMostExperts, starts = local && rank % S::kTokens == 0;
     place += rank;
-    const int start = starts ? place : 32;
-    for (int first = 0; first < pairs; first += kAtOnce) {
-#pragma unroll
-      for (int q = 0; q < kAtOnce; ++q) tile += __shfl_sync(0xFFFFFFFFu, start, first + q) < place;
-    }
+    for (int q = 0; q < pairs; ++q) tile += __shfl_sync(0xFFFFFFFFu, starts ? place : 32, q) < place;
     if (local) pair[place] = p;
     if (starts) {
       tile_expert[tile] = e;
@@ -133,27 +124,31 @@ struct Routing {
 // Rows are tiles' blocks of 64, tile by tile; a tile's pairs are a set of columns.
 template <class S>
 struct Experts {
-  static constexpr bool kArriving = false;
   Routing routing;
   int row_blocks;
 
-  __device__ bool arriving() const { return false; }
   __device__ int columns_of(int row) const { return row / row_blocks; }
   __device__ int rows_end(int set) const { return (set + 1) * row_blocks; }
   __device__ int tokens(int set) const { return routing.tile_size[set]; }
   __device__ Place place(int row, int unit) const {
     const int tile = row / row_blocks;
-    return {routing.tile_expert[tile] * row_blocks + (row - tile * row_blocks), unit};
+    return {static_cast<i64>(routing.tile_expert[tile]) * row_blocks + (row - tile * row_blocks), unit};
   }
   __device__ int pair_of(int tile, int token) const { return routing.pair[routing.tile_first[tile] + token]; }
 };
 
-__device__ inline u16 clamped_swiglu(float gate, float up, float limit) {
-  gate = gate / (1.0f + expf(-gate));
-  gate = gate > limit ? limit : gate;  // as torch's clamp, NaN passes
-  up = up > limit ? limit : up < -limit ? -limit : up;
-  return to_bf16(gate * up);
-}
+// One product over the k of all tiles, one after the other.
+template <class S>
+struct ExpertsInARow : Experts<S> {
+  int units;  // of an expert
+
+  __device__ int columns_of(int) const { return 0; }
+  __device__ int rows_end(int) const { return 0x7FFF; }
+  __device__ Place place(int row, int unit) const {
+    const int tile = unit / units;
+    return {static_cast<i64>(this->routing.tile_expert[tile]) * this->row_blocks + row, unit - tile * units};
+  }
+};
 
 template <class S>
 struct GateUp : Experts<S> {
@@ -175,12 +170,47 @@ struct GateUp : Experts<S> {
   __device__ Source source(int set, int token, int unit) const {
     return {x + this->pair_of(set, token) / top_k * x_stride + unit * kUnitK, k - unit * kUnitK, 1.0f};
   }
+  __device__ u16 swiglu(int tile, float gate, float up) const {
+    const float* scale = global_scale + this->routing.tile_expert[tile] * parts;
+    gate = gate * kRange * scale[0];
+    up = up * kRange * scale[parts - 1];
+    gate = gate / (1.0f + expf(-gate));
+    gate = gate > limit ? limit : gate;  // as torch's clamp, NaN passes
+    up = up > limit ? limit : up < -limit ? -limit : up;
+    return to_bf16(gate * up);
+  }
+  __device__ void store(int row, int tile, int p, int pair, u16 value) const {
+    inner[static_cast<i64>(p) * (this->row_blocks * 32) + (row - tile * this->row_blocks) * 32 + pair] = value;
+  }
   __device__ void finish(int row, int token, int pair, float gate, float up) const {
     const int tile = row / this->row_blocks;
-    const i64 p = this->pair_of(tile, token);
-    const float* scale = global_scale + this->routing.tile_expert[tile] * parts;
-    inner[p * (this->row_blocks * 32) + (row - tile * this->row_blocks) * 32 + pair] =
-        clamped_swiglu(gate * kRange * scale[0], up * kRange * scale[parts - 1], limit);
+    store(row, tile, this->pair_of(tile, token), pair, swiglu(tile, gate, up));
+  }
+};
+
+// All tokens are columns for every expert, whether they chose it or not.
+template <class S>
+struct GateUpFew : GateUp<S> {
+  int m;
+
+  __device__ void fetched_all() const {
+    const int rows = chunks_of(this->k), inner = 32 * this->row_blocks, units = units_of(inner);
+    fetch_ahead<S>(ExpertsInARow<S>{{this->routing, rows}, units}, this->down_codes, this->down_scales, rows,
+                   this->routing.tiles() * units, chunks_of(inner));
+  }
+  __device__ int columns_of(int) const { return 0; }
+  __device__ int rows_end(int) const { return 0x7FFF; }
+  __device__ int tokens(int) const { return m; }
+  __device__ Source source(int, int token, int unit) const {
+    return {this->x + token * this->x_stride + unit * kUnitK, this->k - unit * kUnitK, 1.0f};
+  }
+  __device__ void finish(int row, int token, int pair, float gate, float up) const {
+    const int tile = row / this->row_blocks, size = this->routing.tile_size[tile];
+    const u16 value = this->swiglu(tile, gate, up);
+    for (int i = 0; i < size; ++i) {
+      const int p = this->pair_of(tile, i);
+      if (p / this->top_k == token) this->store(row, tile, p, pair, value);
+    }
   }
 };
 
@@ -209,6 +239,40 @@ struct Down : Experts<S> {
     float* to = parts + static_cast<i64>(p) * n + at;
     if (at < n) to[0] = a * kRange;
     if (at + 8 < n) to[8] = b * kRange;
+  }
+};
+
+// A token's sum over its experts is the row's own.
+template <class S>
+struct DownFew : ExpertsInARow<S> {
+  static constexpr int kEarly = 1;
+  const float *global_scale, *weights;
+  const u16* inner;
+  u16* out;
+  int n, k, top_k, m;
+
+  __device__ int tokens(int) const { return m; }
+  __device__ void fetched_all() const {}
+  __device__ void wait_for_activations() const {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+  }
+  __device__ Source source(int, int token, int unit) const {
+    const int tile = unit / this->units, at = (unit - tile * this->units) * kUnitK;
+    Source source{inner, 0, 0.0f};  // zeros where the token did not choose the expert
+    for (int i = 0; i < this->routing.tile_size[tile]; ++i) {
+      const int p = this->pair_of(tile, i);
+      if (p / top_k == token)
+        source = {inner + static_cast<i64>(p) * k + at, k - at, source.scale + weights[p]};
+    }
+    source.scale *= global_scale[this->routing.tile_expert[tile]];
+    return source;
+  }
+  __device__ void finish(int row, int token, int pair, float a, float b) const {
+    const int at = row * kTileRows + pair_row(pair);
+    u16* to = out + static_cast<i64>(token) * n + at;
+    if (at < n) to[0] = to_bf16(a * kRange);
+    if (at + 8 < n) to[8] = to_bf16(b * kRange);
   }
 };
 
@@ -254,198 +318,41 @@ VARIANT(2)
 VARIANT(4)
 VARIANT(8)
 
-// One or two tokens and at most kFewPairs: gate_up and down in one kernel whose rings run on from the units of one to
-// those of the other, so that memory is busy while the blocks exchange what lies between. All tokens are columns for
-// every expert, whether they chose it or not; down is one product over the k of all tiles in a row: no third kernel.
-//
-//   line 1   tile 0: row 0 units 0 1 .. | row 1 .. | tile 1: ..          a block's share, then one of
-//   line 2   row 0: tile 0's units | tile 1's | ..   | row 1: ..
-//
-// The blocks wait for each other, so all must run at once: a cooperative launch. There is no barrier: gate_up's results
-// are kAbsent until they come, in one of two buffers that take turns; a launch makes the other one absent again. Parts,
-// results and the loads that look for them queue behind the weights on their way, so those are few until a block waits.
-
-// Of a token and a tile the pair, -1 where the token did not choose the expert, and its weight times the global scale.
-struct Chosen {
-  int pair;
-  float weight;
-};
-
-// A group's, in shared memory for want of registers. Has the ring come to down? The slot to be filled next, and how
-// many empty ones may be filled before one is used.
-struct FeedFew : Feed {
-  bool down;
-  int to, empty;
-};
-
-// What a block keeps of its tiles.
-struct Few {
-  Chosen chosen[kFewPairs][2];
-  float gate_scale[kFewPairs], up_scale[kFewPairs], down_scale[kFewPairs], weight[kFewPairs];
-  int turn;
-  FeedFew feeds[Shape<2, true>::kGroups];
-};
-
-// Either line: one copy of the code, which down finds in the instruction cache.
-template <class S>
-struct ExpertsFew {
-  static constexpr bool kArriving = true;
-  Routing routing;
-  const Few& few;
-  const u16* x;
-  u32* inners;  // two of bf16 [pairs, inner_size], two a word, `most` words apart
-  u16* out;
-  i64 x_stride;
-  int most, hidden, inner_size, m;
-  float limit;
-  bool down;
-
-  __device__ u32* inner() const { return inners + few.turn * most; }
-  __device__ int k() const { return down ? inner_size : hidden; }
-  __device__ int rows() const { return down ? chunks_of(hidden) : routing.tiles() * (inner_size / 32); }
-  __device__ int units() const { return (down ? routing.tiles() : 1) * units_of(k()); }
-  __device__ Share share() const { return share_of<S>(rows() * units()); }
-  __device__ bool arriving() const { return down; }
-  __device__ int columns_of(int) const { return 0; }
-  __device__ int rows_end(int) const { return rows(); }
-  __device__ int tokens(int) const { return m; }
-  __device__ void fetched_all() const {}
-  __device__ Place place(int row, int unit) const {
-    const int each = down ? units_of(inner_size) : inner_size / 32;  // units or rows of a tile
-    const int at = down ? unit : row, tile = at / each, within = at - tile * each, e = routing.tile_expert[tile];
-    if (down) return {e * chunks_of(hidden) + row, within};
-    return {e * each + within, unit};
-  }
-  __device__ Source source(int, int token, int unit) const {
-    if (!down) return {x + token * x_stride + unit * kUnitK, hidden - unit * kUnitK, 1.0f};
-    const int each = units_of(inner_size), tile = unit / each, at = (unit - tile * each) * kUnitK;
-    const Chosen from = few.chosen[tile][token];
-    if (from.pair < 0) return {nullptr, 0, 0.0f};  // zeros
-    return {reinterpret_cast<const u16*>(inner()) + from.pair * inner_size + at, inner_size - at, from.weight};
-  }
-  // A token's sum over its experts is down's row itself.
-  __device__ void finish(int row, int token, int pair, float a, float b) const {
-    a *= kRange, b *= kRange;
-    if (down) {
-      const int at = row * kTileRows + pair_row(pair);
-      u16* to = out + static_cast<i64>(token) * hidden + at;
-      if (at < hidden) to[0] = to_bf16(a);
-      if (at + 8 < hidden) to[8] = to_bf16(b);
-      return;
-    }
-    const int each = inner_size / 32, tile = row / each, p = few.chosen[tile][token].pair;
-    const u32 value = clamped_swiglu(a * few.gate_scale[tile], b * few.up_scale[tile], limit);
-    const u32 word = value | __shfl_down_sync(0xFFFFFFFFu, value, 1) << 16;
-    if (p >= 0 && pair % 2 == 0)
-      publish_word(inner() + p * (inner_size / 2) + (row - tile * each) * 16 + pair / 2, word);
-  }
-};
-
-extern "C" __global__ void __launch_bounds__(Shape<2, true>::kThreads, Shape<2, true>::kBlocks) sm90_nvfp4_moe_few(
-    const u8* codes, const u8* scales, const float* global_scale,                 // gate_up's, as above
-    const u8* down_codes, const u8* down_scales, const float* down_global_scale,  // down's
-    const u16* x, const int* ids, const float* weights,
-    u16* out,        // bf16 [tokens, k]
-    float* partial,  // [2, blocks, 2, 64]
-    u32* inners,     // [2, most]: the one whose turn it is absent before, the other one after
-    u32* turns,      // [blocks], all the same
-    i64 x_stride, int most, int m, int top_k, int experts, int row_blocks, int k, int parts, float limit) {
-  using S = Shape<2, true>;
+// One or two tokens and at most kFewPairs: no third kernel. Each group sorts for itself and fetches without waiting for
+// others.
+extern "C" __global__ void __launch_bounds__(Shape<2>::kThreads, Shape<2>::kBlocks) sm90_nvfp4_moe_gate_up_few(
+    const u8* codes, const u8* scales, const float* global_scale, const u16* x, const int* ids, u16* inner,
+    float* partial, i64 x_stride, int pairs, int top_k, int experts, int row_blocks, int k, int parts, float limit,
+    const u8* down_codes, const u8* down_scales) {
+  using S = Shape<2>;
   extern __shared__ __align__(128) u8 s_all[];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int group = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / kWarpgroup), 0);
-  const bool fetches = threadIdx.x % kWarpgroup == 0, keeps = warp == S::kThreads / 32 - 1;
-  const Routing routing(s_all + S::kRouting, kFewPairs);
-  Few& few = *reinterpret_cast<Few*>(s_all + S::kRouting + 16 + 8 * kFewPairs);
-  static_assert(16 + 8 * kFewPairs + sizeof(Few) <= S::kBytes - S::kRouting);
-  Ring<S> ring(s_all, group);
-  if (fetches) ring.make_barriers();
+  const int group = threadIdx.x / kWarpgroup;
+  const Routing routing(s_all + S::kRouting + group * (16 + 8 * kFewPairs), kFewPairs);
   wait_for_previous_kernel();
-  let_next_kernel_start();
+  if (threadIdx.x % kWarpgroup < 32) routing.sort_few<S>(ids, pairs, experts);
+  meet_group(group);
+  const GateUpFew<S> task{{{routing, row_blocks}, global_scale, x, inner, x_stride, k, top_k, parts, limit, down_codes,
+                           down_scales}, pairs / top_k};
+  decode<S>(task, s_all, codes, scales, routing.tiles() * row_blocks, units_of(k), chunks_of(k), partial);
+}
 
-  // What can be asked for now goes ahead of the weights, behind which each load would take 2 us or more.
-  const int pairs = m * top_k, units = units_of(k);
-  const bool whole = units <= S::kWindow;
-  Batch<S> batch;
-  static_assert(Batch<S>::kAtOnce * Batch<S>::kWarps >= S::kTokens * S::kWindow);
-  if (whole)
-    batch.load(warp, m, units, [&](int token, int unit) {
-      return Source{x + token * x_stride + unit * kUnitK, k - unit * kUnitK, 1.0f};
-    }, false, [] {});
-  const u32 turn = __ldcg(turns + blockIdx.x);
-  const float weight = keeps && lane < pairs ? __ldcg(weights + lane) : 0.0f;
-  if (warp == 0) routing.sort_few<S>(ids, pairs, experts);
+extern "C" __global__ void __launch_bounds__(Shape<2>::kThreads, Shape<2>::kBlocks) sm90_nvfp4_moe_down_few(
+    const u8* codes, const u8* scales, const float* global_scale, const u16* inner, const int* ids,
+    const float* weights, u16* out /* bf16 [tokens, n] */, float* partial, int pairs, int top_k,
+    int experts, int n, int k) {
+  using S = Shape<2>;
+  extern __shared__ __align__(128) u8 s_all[];
+  const Routing routing(s_all + S::kRouting, kFewPairs);
+  if (threadIdx.x < 32) routing.sort_few<S>(ids, pairs, experts);
   __syncthreads();
-
-  if (threadIdx.x == 0) turns[blockIdx.x] = turn + 1;
-  ExpertsFew<S> task{routing, few, x, inners, out, x_stride, most, k, 32 * row_blocks, m, limit, false};
-  FeedFew& feed = few.feeds[group];
-  const auto find_next = [&] {
-    ExpertsFew<S> ahead = task;
-    if (!feed.down && feed.next >= feed.end) {
-      feed.down = ahead.down = true;
-      const Share share = ahead.share();
-      feed.next = share.begin + group, feed.end = share.end;
-    }
-    ahead.down = feed.down;
-    if (feed.next < feed.end) feed.find(ahead, ahead.units(), chunks_of(ahead.k()));
-  };
-  const auto fetch = [&] {
-    feed.fetch(ring, feed.to, feed.down ? down_codes : codes, feed.down ? down_scales : scales, find_next);
-    feed.to = feed.to == (S::kDepth - 1) * S::kSlotBytes ? 0 : feed.to + S::kSlotBytes;
-  };
-  // One unit for each time that a load has come back through the same queues.
-  const auto idle = [&] {
-    if (!fetches || feed.empty == 0) return;
-    --feed.empty;
-    fetch();
-  };
-  if (fetches) {
-    const Share share = task.share();
-    feed.next = share.begin + group, feed.end = share.end;
-    feed.down = false, feed.to = 0, feed.empty = S::kDepth - kAhead;
-    find_next();
-#pragma unroll 1  // instructions come from memory, too
-    for (int i = 0; i < kAhead; ++i) fetch();
+  const int row_blocks = (n + kTileRows - 1) / kTileRows, tiles = routing.tiles();
+  const DownFew<S> task{
+      {{routing, row_blocks}, units_of(k)}, global_scale, weights, inner, out, n, k, top_k, pairs / top_k};
+  if (tiles == 0) {  // no expert of this rank
+    wait_for_previous_kernel();
+    for (int i = blockIdx.x * S::kThreads + threadIdx.x; i < task.m * n; i += gridDim.x * S::kThreads) out[i] = 0;
   }
-  const int tiles = routing.tiles();
-  float gate_scale = 0.0f, up_scale = 0.0f, down_scale = 0.0f;
-  if (keeps && lane < tiles) {
-    const int e = routing.tile_expert[lane];
-    gate_scale = __ldcg(global_scale + e * parts);
-    up_scale = __ldcg(global_scale + e * parts + parts - 1);
-    down_scale = __ldcg(down_global_scale + e);
-  }
-  if (whole) batch.build(s_all, threadIdx.x / 32, units);
-  uint4* other = reinterpret_cast<uint4*>(inners + (turn + 1) % 2 * most);
-  for (int i = blockIdx.x * S::kThreads + threadIdx.x; i < most / 4; i += gridDim.x * S::kThreads)
-    other[i] = make_uint4(kAbsent, kAbsent, kAbsent, kAbsent);
-  if (keeps) {
-    if (lane == 0) few.turn = turn % 2;
-    few.gate_scale[lane] = gate_scale;
-    few.up_scale[lane] = up_scale;
-    few.down_scale[lane] = down_scale;
-    few.weight[lane] = weight;
-    __syncwarp();
-    for (int i = lane; i < tiles * m; i += 32) {
-      const int tile = i / m, token = i % m;
-      Chosen all{-1, 0.0f};
-      for (int q = 0; q < routing.tile_size[tile]; ++q) {
-        const int p = routing.pair[routing.tile_first[tile] + q];
-        if (p / top_k == token) all = {p, all.weight + few.weight[p]};
-      }
-      few.chosen[tile][token] = {all.pair, all.weight * few.down_scale[tile]};
-    }
-  }
-  if (tiles == 0)  // no expert of this rank
-    for (int i = blockIdx.x * S::kThreads + threadIdx.x; i < m * k; i += gridDim.x * S::kThreads) out[i] = 0;
-  __syncthreads();
-#pragma unroll 1
-  for (int line = 0; line < 2; ++line) {
-    task.down = line == 1;
-    take_rows<S>(task, s_all, group, ring, task.share(), task.units(), partial, line * gridDim.x, whole && line == 0,
-                 fetch, [](bool) {}, idle);
-  }
+  decode<S>(task, s_all, codes, scales, tiles == 0 ? 0 : row_blocks, tiles * units_of(k), chunks_of(k), partial);
 }
 
 __device__ inline u32 packed_bf16(float low, float high) { return to_bf16(low) | static_cast<u32>(to_bf16(high)) << 16; }

@@ -93,7 +93,8 @@ def test_kernels_compile_to_the_launchers_symbols_with_products_in_flight():
         "moe": [
             *nvfp4_moe.GATE_UP.values(),
             *nvfp4_moe.DOWN.values(),
-            nvfp4_moe.FEW,
+            nvfp4_moe.GATE_UP_FEW,
+            nvfp4_moe.DOWN_FEW,
             nvfp4_moe.SUM,
         ],
         "prepare": [nvfp4_prepare.PACK, nvfp4_prepare.UNPACK],

@@ -132,41 +132,6 @@ def test_two_tokens_with_every_kind_of_id(real):
 
 
 @gpu
-@pytest.mark.parametrize("inner, hidden, top_k", [(320, 5376, 8), (1280, 64, 16), (2816, 192, 8), (16, 16, 1)])
-def test_few_tokens_of_other_shapes_err_no_more_than_torch(inner, hidden, top_k):
-    """hidden beyond the columns kept at a time, more results between gate_up and down than a stream keeps, fewer units
-    than blocks."""
-    e = experts(18, inner, hidden)
-    ready = sk.nvfp4_prepare(e)
-    for tokens in (1, 2):
-        check(routing(tokens, 18, top_k, hidden), e, ready, 7.0)
-
-
-@gpu
-def test_few_tokens_leave_nothing_to_the_next_launch_of_another_shape(real):
-    small = sk.nvfp4_prepare(experts(6, 96, 272))
-    calls = [(*routing(1, 32, 8, 4096), real[1]), (*routing(2, 6, 3, 272), small), (*routing(2, 32, 8, 4096), real[1])]
-    first = [cuda(*call) for call in calls]
-    for i in (0, 1, 1, 2, 0, 0, 2, 1, 2):
-        assert torch.equal(cuda(*calls[i]), first[i])
-
-
-@gpu
-def test_two_streams_compute_at_once(real):
-    calls = [routing(tokens, 32, 8, 4096) for tokens in (1, 2)]
-    first = [cuda(*call, real[1]) for call in calls]
-    streams = [torch.cuda.Stream() for _ in calls]
-    torch.cuda.synchronize()
-    outs = []
-    for _ in range(100):
-        for stream, call in zip(streams, calls):
-            with torch.cuda.stream(stream):
-                outs.append(sk.nvfp4_moe(*call, real[1]))
-    torch.cuda.synchronize()
-    assert all(torch.equal(out, first[i % 2]) for i, out in enumerate(outs))
-
-
-@gpu
 @pytest.mark.parametrize("tokens", [1, 2, 16, 64])
 def test_partial_sums_are_absent_again_after_every_call(real, tokens):
     from step_kernels.cuda.nvfp4_linear import partials

@@ -21,36 +21,34 @@
 constexpr int kUnitChunks = 4;
 constexpr int kUnitK = kUnitChunks * kTileK;
 constexpr int kUnitBytes = kUnitChunks * (kTileCodes + kTileScales);
+constexpr int kSlotBytes = kUnitBytes + 128;  // of a ring: a unit and the mbarrier that its copies complete
 constexpr int kMostPairs = 512;  // routed (token, slot) pairs that a block can sort
 constexpr int kMostExperts = 512;
 constexpr float kRange = 0x1p59f;  // sums are kept times 2^-59, which makes |x| from 2^-70 to 2^71 exact to f32
 constexpr int kFactorBias = 57;    // kRange's other side: (e + 57) << 23 is 2^(e - 127) * 2^57
 
 // kTokens columns' worth of everything. Windows and depths are what shared memory holds: with up to four tokens two
-// blocks share a multiprocessor: one works while the other ends a row, or is the next kernel's and fetches ahead. A block
-// that is alone there keeps each column once and so has more room for weights.
-template <int kTokens_, bool kAlone_ = false>
+// blocks share a multiprocessor: one works while the other ends a row, or is the next kernel's and fetches ahead.
+template <int kTokens_>
 struct Shape {
   static constexpr int kTokens = kTokens_;
-  static constexpr bool kAlone = kAlone_;
   static constexpr bool kSplit = kTokens == 2;
   static constexpr int kColumns = kSplit ? 8 : 2 * kTokens;
   static constexpr int kSums = kColumns / 2;           // of a thread, a k32 step
   static constexpr int kTotals = kSplit ? 2 : kSums;   // of a thread, a row
-  static constexpr int kBlocks = kAlone || kTokens == 8 ? 1 : 2;  // on a multiprocessor
-  static constexpr int kGroups = kAlone ? 4 : kTokens == 8 ? 3 : 2;
+  static constexpr int kBlocks = kTokens == 8 ? 1 : 2;  // on a multiprocessor
+  static constexpr int kGroups = kTokens == 8 ? 3 : 2;
   static constexpr int kThreads = kGroups * kWarpgroup;
-  static constexpr int kDepth = kAlone ? 5 : kTokens == 2 ? 4 : kTokens == 4 ? 2 : 3;
-  static constexpr int kSlotBytes = kUnitBytes + (kAlone ? 16 : 128);  // of a ring: a unit and its copies' mbarrier
-  static constexpr int kWindow = kAlone ? 20 : 16;                     // units of k whose columns are kept
-  static constexpr int kStepColumns = 128 * kTokens + (kAlone ? 16 : 0);  // bytes; 16: a warp's stores differ in bank
-  static constexpr int kUnitColumns = 8 * kStepColumns;
+  static constexpr int kDepth = kTokens == 2 ? 4 : kTokens == 4 ? 2 : 3;
+  static constexpr int kWindow = 16;  // units of k whose columns are kept
+  static constexpr int kUnitColumns = 1024 * kTokens;  // bytes
+  static constexpr int kStepColumns = kUnitColumns / 8;
   static constexpr int kPitch = kSplit ? 80 : 72;      // floats of a token's rows: stores of a warp differ in bank
   static constexpr int kRing = kWindow * kUnitColumns;
   static constexpr int kFactors = kRing + kGroups * kDepth * kSlotBytes;
   static constexpr int kSum = kFactors + kWindow * kTokens * 4;
   static constexpr int kRouting = kSum + kGroups * kTokens * kPitch * 4;
-  static constexpr int kBytes = kRouting + (kAlone ? 1424 : 4 * kMostExperts + 16 + 8 * kMostPairs);
+  static constexpr int kBytes = kRouting + 4 * kMostExperts + 16 + 8 * kMostPairs;
   static_assert(kBytes <= (kBlocks == 1 ? 227 : 113) * 1024);
 };
 
@@ -78,15 +76,6 @@ __device__ inline float2 published(const float2* from) {
 }
 __device__ inline bool absent(const float2& v) {
   return __float_as_uint(v.x) == kAbsent || __float_as_uint(v.y) == kAbsent;
-}
-// Two bf16 that other blocks wait for; cvt makes no NaN of kAbsent's bits.
-__device__ inline void publish_word(u32* to, u32 word) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
-}
-__device__ inline uint2 published_words(const uint2* from) {
-  uint2 v;
-  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
-  return v;
 }
 
 // A barrier in shared memory that one thread arrives at and copies complete.
@@ -254,20 +243,13 @@ struct Raw {
   uint2 low, high;  // k 4j.. and 8 + 4j.. of the lane's block of 16, j = lane % 2
   float scale;
 };
-template <bool kArriving>
 __device__ inline Raw load_source(const Source& source) {
   const int lane = threadIdx.x % 32, block = lane / 2;
   const bool inside = block * 16 < source.k_left;
   const uint2 zero = make_uint2(0, 0);
   const uint2* at = reinterpret_cast<const uint2*>(source.x) + block * 4 + lane % 2;
-  if constexpr (kArriving)
-    return {inside ? published_words(at) : zero, inside ? published_words(at + 2) : zero, source.scale};
   // From L2: with programmatic launch L1 could hold what was there before the kernel that wrote x.
   return {inside ? __ldcg(at) : zero, inside ? __ldcg(at + 2) : zero, source.scale};
-}
-
-__device__ inline bool absent(const Raw& raw) {
-  return raw.low.x == kAbsent || raw.low.y == kAbsent || raw.high.x == kAbsent || raw.high.y == kAbsent;
 }
 
 // It as columns and the factor 2^e scale; a warp's work.
@@ -305,69 +287,35 @@ __device__ inline void build_columns(u8* columns, float* factor, const Raw& raw,
   if (lane == 0) *factor = __uint_as_float(min(e + kFactorBias, 255) << 23) * raw.scale;
 }
 
-// Some of `tokens` x `units` sources, numbered token by token: `first` and every kWarps-th after it, a warp's share of a
-// full window. find(token, unit) says which, k_left < 0 for none. All loads are in flight at a time.
-template <class S, bool kArriving = false>
-struct Batch {
-  static constexpr int kWarps = S::kThreads / 32, kAtOnce = (S::kTokens * S::kWindow + kWarps - 1) / kWarps;
-  Raw raw[kAtOnce];
-  bool present[kAtOnce];
-
-  // `arriving`: repeats loads until others have published what they load, and calls idle() meanwhile.
-  template <class Find, class Idle>
-  __device__ void load(int first, int tokens, int units, const Find& find, bool arriving, const Idle& idle) {
-    Source source[kAtOnce];
+// Columns of `tokens` x `units` sources by this thread's warp, one of `warps`: find(token, unit) says which, k_left < 0
+// for none. A warp's loads, of a full window all, are in flight before `requested()`: what that asks memory for comes after.
+template <class S, class Find, class Requested>
+__device__ inline void build_all(u8* shared, int warp, int warps, int tokens, int units, const Find& find,
+                                 const Requested& requested) {
+  constexpr int kAtOnce = (S::kTokens * S::kWindow + S::kThreads / 32 - 1) / (S::kThreads / 32);
+  int first = warp;
+  do {
+    Raw raw[kAtOnce];
+    bool present[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int at = first + i * kWarps, token = at / units;
-      source[i] = {nullptr, -1, 0.0f};
-      if (at < tokens * units) source[i] = find(token, at - token * units);
-      present[i] = source[i].k_left >= 0;
-      raw[i] = load_source<kArriving>(source[i]);
+      const int at = first + i * warps, token = at / units;
+      Source source{nullptr, -1, 0.0f};
+      if (at < tokens * units) source = find(token, at - token * units);
+      present[i] = source.k_left >= 0;
+      raw[i] = load_source(source);
     }
-    while (kArriving && arriving) {
-      bool again = false;  // the first that is absent: all would take a third of what memory brings meanwhile
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (again || !absent(raw[i])) continue;
-        raw[i] = load_source<true>(source[i]);
-        again = true;
-      }
-      if (!__any_sync(0xFFFFFFFFu, again)) break;
-      idle();
-    }
-  }
-  __device__ void build(u8* shared, int first, int units) const {
+    if (first == warp) requested();
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int at = first + i * kWarps, token = at / units, unit = at - token * units;
+      const int at = first + i * warps, token = at / units, unit = at - token * units;
       if (present[i])
         build_columns<S>(shared + unit * S::kUnitColumns,
                          reinterpret_cast<float*>(shared + S::kFactors) + unit * S::kTokens + token, raw[i], token);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  }
-};
-
-// All of them, by the whole block. A warp's loads, of a full window all, are in flight before `requested()`: what that
-// asks memory for comes after.
-template <class S, bool kArriving, class Find, class Requested, class Idle>
-__device__ inline void build_all(u8* shared, int tokens, int units, const Find& find, const Requested& requested,
-                                 bool arriving, const Idle& idle) {
-  using Some = Batch<S, kArriving>;
-  const int warp = threadIdx.x / 32;
-  int first = warp;
-  do {
-    Some some;
-    some.load(first, tokens, units, find, arriving, idle);
-    if (first == warp) {
-      requested();
-      __syncthreads();  // the columns before are used up
-    }
-    some.build(shared, first, units);
-    first += Some::kAtOnce * Some::kWarps;
+    first += kAtOnce * warps;
   } while (first < tokens * units);
-  __syncthreads();
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ inline u16 to_bf16(float x) {
@@ -384,12 +332,13 @@ __device__ constexpr int units_of(int k) { return (k + kUnitK - 1) / kUnitK; }
 
 // 64 rows of weights of all experts, and a unit among theirs.
 struct Place {
-  int block, unit;
+  i64 block;
+  int unit;
 };
 
 // A block's part of a line of `total` units; me < 0 for none.
 struct Share {
-  int size, me, begin, end;  // from 0 to 0 if me < 0
+  int size, me, begin, end;
 };
 template <class S>
 __device__ inline Share share_of(int total) {
@@ -397,7 +346,7 @@ __device__ inline Share share_of(int total) {
   // One that is in flight at once should keep all groups as busy.
   if (size <= S::kGroups * S::kDepth) size = (size + S::kGroups - 1) / S::kGroups * S::kGroups;
   const int me = (size ? (total + size - 1) / size : 0) - 1 - static_cast<int>(blockIdx.x);
-  return {size, me, max(me, 0) * size, me < 0 ? 0 : min((me + 1) * size, total)};
+  return {size, me, me * size, min((me + 1) * size, total)};
 }
 
 // What the block will read first when a kernel of the same grid multiplies `task`, from memory to L2: more than memory
@@ -410,58 +359,11 @@ __device__ inline void fetch_ahead(const Task& task, const u8* codes, const u8* 
   const int at = share.begin + static_cast<int>(threadIdx.x);
   if (share.me < 0 || threadIdx.x >= kUnits || at >= share.end) return;
   const Place place = task.place(at / units, at % units);
-  const i64 tile = static_cast<i64>(place.block) * chunks + kUnitChunks * place.unit;
+  const i64 tile = place.block * chunks + kUnitChunks * place.unit;
   const u32 count = min(kUnitChunks, chunks - kUnitChunks * place.unit);
   prefetch_l2(codes + tile * kTileCodes, count * kTileCodes);
   prefetch_l2(scales + tile * kTileScales, count * kTileScales);
 }
-
-// A warpgroup's ring, which the copy engine fills.
-template <class S>
-struct Ring {
-  u32 slots, own_codes, own_scales;  // in shared memory; this thread's bytes of the first slot
-  u32 at = 0, parity = 0;            // of the slot that is used next
-
-  __device__ Ring(u8* shared, int group) {
-    const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32;
-    slots = shared_address(shared + S::kRing) + group * S::kDepth * S::kSlotBytes;
-    own_codes = slots + thread * 16;
-    own_scales = slots + kUnitChunks * kTileCodes + warp * 64 + lane / 4 * 8 + lane % 2 * 4;
-    keep(own_codes), keep(own_scales);
-  }
-  __device__ void make_barriers() const {
-    for (int i = 0; i < S::kDepth; ++i) make_barrier(slots + i * S::kSlotBytes + kUnitBytes);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  }
-};
-
-// What the group's first thread, which fetches, knows of the next unit: where the share ends, how many chunks of k are
-// left in the unit's row, and its first tile.
-struct Feed {
-  int next, end, left, tile;
-
-  template <class Task>
-  __device__ void find(const Task& task, int units, int chunks) {
-    const int row = next / units;
-    const Place place = task.place(row, next - row * units);
-    left = chunks - kUnitChunks * place.unit;
-    tile = place.block * chunks + kUnitChunks * place.unit;
-  }
-  // Fills a slot and goes on to the group's next unit; find_next() where that is not a neighbour.
-  // Chunks beyond k stay as they are: any code times any scale is finite, and their columns of x are zero.
-  template <class S, class FindNext>
-  __device__ void fetch(const Ring<S>& ring, u32 slot, const u8* codes, const u8* scales, const FindNext& find_next) {
-    if (next >= end) return;
-    const u32 count = min(left, kUnitChunks), to = ring.slots + slot, filled = to + kUnitBytes;
-    expect_copies(filled, count * (kTileCodes + kTileScales));
-    copy_bulk(to, codes + static_cast<i64>(tile) * kTileCodes, count * kTileCodes, filled);
-    copy_bulk(to + kUnitChunks * kTileCodes, scales + static_cast<i64>(tile) * kTileScales, count * kTileScales, filled);
-    next += S::kGroups;
-    left -= S::kGroups * kUnitChunks;
-    tile += S::kGroups * kUnitChunks;
-    if (left <= 0 || next >= end) find_next();
-  }
-};
 
 // Task: what to multiply, `rows` of `units` each.
 //   place(row, unit)         the weights there; a block of them has `chunks` chunks of k
@@ -471,23 +373,62 @@ struct Feed {
 //   fetched_all()            called when the block has all its weights, by all threads
 //   finish(row, token, pair, a, b)   takes the sums of the pair's rows
 //   kEarly                   units a group asks for before wait_for_activations(): what memory brings in that time
-//   arriving()               others publish the activations meanwhile; kArriving: it may say so
-//
-// Multiplies a share of them in the order in which the group's ring has them. fetch() is called for each slot used,
-// requested(first) when the loads of a window's activations are on their way, idle() while those do not arrive.
-template <class S, class Task, class Fetch, class Requested, class Idle>
-__device__ inline void take_rows(const Task& task, u8* shared, int group, Ring<S>& ring, const Share& own, int units,
-                                 float* partial,  // [blocks, tokens, 64], absent before and after
-                                 int first_part,  // of blocks
-                                 bool built,      // columns of all k are there
-                                 const Fetch& fetch, const Requested& requested, const Idle& idle) {
+template <class S, class Task>
+__device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* scales, int rows, int units, int chunks,
+                       float* partial) {  // [blocks, tokens, 64], absent before and after
   const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int group = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / kWarpgroup), 0);
+  const Share own = share_of<S>(rows * units);
   const int share = own.size, me = own.me, begin = own.begin, end = own.end;
+  if (me < 0) {
+    task.wait_for_activations();  // a kernel that has ended vouches for those before it
+    return;
+  }
+
+  // The group's ring and, for its first thread, which fetches, the next unit and how many chunks of k are left in its row.
+  // The copy engine brings them. Requests queue in the memory system: a load that follows 144 KB an SM of weights takes
+  // 4 us where one alone takes 0.3, so x is asked for behind kEarly units of each group, and the others follow x.
+  const u32 ring = shared_address(shared + S::kRing) + group * S::kDepth * kSlotBytes;
+  u32 own_codes = ring + thread * 16, own_scales = ring + kUnitChunks * kTileCodes + warp * 64 + g * 8 + (t & 1) * 4;
+  keep(own_codes), keep(own_scales);
+  int next = begin + group, left = 0;
+  const u8 *next_codes = codes, *next_scales = scales;
+  const auto find_next = [&] {
+    if (next >= end) return;
+    const int row = next / units;
+    const Place place = task.place(row, next - row * units);
+    const i64 tile = place.block * chunks + kUnitChunks * place.unit;
+    left = chunks - kUnitChunks * place.unit;
+    next_codes = codes + tile * kTileCodes;
+    next_scales = scales + tile * kTileScales;
+  };
+  // Chunks beyond k stay as they are: any code times any scale is finite, and their columns of x are zero.
+  const auto fetch = [&](u32 slot) {
+    if (next >= end) return;
+    const u32 count = min(left, kUnitChunks), filled = slot + kUnitBytes;
+    expect_copies(filled, count * (kTileCodes + kTileScales));
+    copy_bulk(slot, next_codes, count * kTileCodes, filled);
+    copy_bulk(slot + kUnitChunks * kTileCodes, next_scales, count * kTileScales, filled);
+    next += S::kGroups;
+    left -= S::kGroups * kUnitChunks;
+    next_codes += S::kGroups * kUnitChunks * kTileCodes;
+    next_scales += S::kGroups * kUnitChunks * kTileScales;
+    if (left <= 0) find_next();
+  };
+  if (thread == 0) {  // the others meet the barriers after __syncthreads
+    for (int i = 0; i < S::kDepth; ++i) make_barrier(ring + i * kSlotBytes + kUnitBytes);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    find_next();
+    for (int i = 0; i < Task::kEarly; ++i) fetch(ring + i * kSlotBytes);
+  }
+  task.wait_for_activations();
+
   float* factors = reinterpret_cast<float*>(shared + S::kFactors);
   float* sums = reinterpret_cast<float*>(shared + S::kSum);
   const int token0 = S::kSplit ? t / 2 : t / 2 * 2;  // of this thread's first column
   float total_sum[S::kTotals] = {};
-  int mine = begin + group, loaded_set = built ? 0 : -1, base = 0;
+  int mine = begin + group, loaded_set = -1, base = 0;
+  u32 at = 0, parity = 0;  // in the group's ring
 
   for (int unit = begin; unit < end;) {
     const int row = unit / units, k0 = unit - row * units, set = task.columns_of(row);
@@ -495,37 +436,29 @@ __device__ inline void take_rows(const Task& task, u8* shared, int group, Ring<S
       loaded_set = set;
       base = units <= S::kWindow ? 0 : k0;
       const int needed = min(end, task.rows_end(set) * units) - unit;  // units of the share that multiply this set
-      build_all<S, Task::kArriving>(
-          shared, task.tokens(set), min(S::kWindow, units - base),
-          [&](int token, int slot) {
-            const int at = base + slot;
-            if ((at >= k0 ? at - k0 : at - k0 + units) >= needed) return Source{nullptr, -1, 0.0f};
-            return task.source(set, token, at);
-          },
-          [&] { requested(unit == begin); }, task.arriving(), idle);
+      __syncthreads();
+      build_all<S>(shared, threadIdx.x / 32, S::kThreads / 32, task.tokens(set), min(S::kWindow, units - base),
+                   [&](int token, int slot) {
+                     const int at = base + slot;
+                     if ((at >= k0 ? at - k0 : at - k0 + units) >= needed) return Source{nullptr, -1, 0.0f};
+                     return task.source(set, token, at);
+                   },
+                   [&] {
+                     if (thread != 0 || unit != begin) return;
+#pragma unroll 1
+                     for (int i = Task::kEarly; i < S::kDepth; ++i) fetch(ring + i * kSlotBytes);
+                   });
+      __syncthreads();
     }
     const int stop = min(end, row * units + min(units, base + S::kWindow));
     const int slot0 = row * units + base;  // the unit whose columns are the first
-    const int row_end = (row + 1) * units;
-    const auto part_of = [&](int block, int i) {
-      return reinterpret_cast<float2*>(partial) + (first_part + block) * S::kTokens * 32 + i;
-    };
-    // Of the row that the next block ends its part has long come, mostly: asked for now it is here when it is added.
-    float2 early = make_float2(__uint_as_float(kAbsent), 0.0f);
-    if (S::kAlone && stop == end && end < row_end && row * units >= begin && threadIdx.x < task.tokens(set) * 32) {
-      u32 next = (first_part + me + 1) * S::kTokens * 32 + threadIdx.x;
-      keep(next);
-      early = published(reinterpret_cast<float2*>(partial) + next);
-    }
     for (; mine < stop; mine += S::kGroups) {
-      const u32 at = ring.at;
-      wait_for_copies(ring.slots + at + kUnitBytes, ring.parity);
+      wait_for_copies(ring + at + kUnitBytes, parity);
       const uint4 c[kUnitChunks] = {
-          load_shared_4<0>(ring.own_codes + at), load_shared_4<kTileCodes>(ring.own_codes + at),
-          load_shared_4<2 * kTileCodes>(ring.own_codes + at), load_shared_4<3 * kTileCodes>(ring.own_codes + at)};
-      const u32 s[kUnitChunks] = {
-          load_shared<0>(ring.own_scales + at), load_shared<kTileScales>(ring.own_scales + at),
-          load_shared<2 * kTileScales>(ring.own_scales + at), load_shared<3 * kTileScales>(ring.own_scales + at)};
+          load_shared_4<0>(own_codes + at), load_shared_4<kTileCodes>(own_codes + at),
+          load_shared_4<2 * kTileCodes>(own_codes + at), load_shared_4<3 * kTileCodes>(own_codes + at)};
+      const u32 s[kUnitChunks] = {load_shared<0>(own_scales + at), load_shared<kTileScales>(own_scales + at),
+                                  load_shared<2 * kTileScales>(own_scales + at), load_shared<3 * kTileScales>(own_scales + at)};
       float d[2][4][S::kSums], part[S::kTotals];
       // The shuffle tells ptxas that a warp's is one: descriptors stay in uniform registers, 20 instructions fewer.
       const u32 b = __shfl_sync(
@@ -533,9 +466,9 @@ __device__ inline void take_rows(const Task& task, u8* shared, int group, Ring<S
       multiply_chunks<S>(d[0], c[0], c[1], b);
       multiply_chunks<S>(d[1], c[2], c[3], b + (S::kUnitColumns / 2 >> 4));
       meet_group(group);  // all have read the slot
-      if (thread == 0) fetch();
-      ring.parity ^= at == (S::kDepth - 1) * S::kSlotBytes;
-      ring.at = at == (S::kDepth - 1) * S::kSlotBytes ? 0 : at + S::kSlotBytes;
+      if (thread == 0) fetch(ring + at);
+      parity ^= at == (S::kDepth - 1) * kSlotBytes;
+      at = at == (S::kDepth - 1) * kSlotBytes ? 0 : at + kSlotBytes;
       wait_for_products<S, 1>(d[0]);
       add_chunks<S, true>(part, d[0], s[0], s[1]);
       wait_for_products<S, 0>(d[1]);
@@ -547,7 +480,7 @@ __device__ inline void take_rows(const Task& task, u8* shared, int group, Ring<S
     }
     unit = stop;
     if (stop == end) task.fetched_all();
-    if (stop != end && stop != row_end) continue;
+    if (stop != end && stop != (row + 1) * units) continue;
 
     // The row ends here: add the scale blocks (lanes t, t ^ 1), the groups, and, if others have parts of it, the blocks.
     const int h = t & 1;
@@ -565,7 +498,7 @@ __device__ inline void take_rows(const Task& task, u8* shared, int group, Ring<S
 #pragma unroll
     for (int i = 0; i < S::kTotals; ++i) total_sum[i] = 0.0f;
     __syncthreads();
-    const int tokens = task.tokens(set);
+    const int tokens = task.tokens(set), row_end = (row + 1) * units;
     for (int i = threadIdx.x; i < tokens * 32; i += S::kThreads) {
       const int token = i / 32, pair = i % 32;
       const float* at = sums + token * S::kPitch + pair_row(pair);
@@ -575,61 +508,27 @@ __device__ inline void take_rows(const Task& task, u8* shared, int group, Ring<S
         a += at[q * S::kTokens * S::kPitch];
         b += at[q * S::kTokens * S::kPitch + 8];
       }
+      const auto slot = [&](int block) { return reinterpret_cast<float2*>(partial) + block * S::kTokens * 32 + i; };
       if (row * units < begin) {
-        publish(part_of(me, i), a, b);
+        publish(slot(me), a, b);
         continue;
       }
-      constexpr int kAtOnce = S::kAlone ? 2 : 4;  // a way to L2 and back; few blocks share a row
+      constexpr int kAtOnce = 4;  // a way to L2 and back
       for (int other = me + 1; other * share < row_end; other += kAtOnce) {
         float2 v[kAtOnce];
 #pragma unroll
         for (int q = 0; q < kAtOnce; ++q)
-          if ((other + q) * share < row_end)
-            v[q] = S::kAlone && other + q == me + 1 ? early : published(part_of(other + q, i));
+          if ((other + q) * share < row_end) v[q] = published(slot(other + q));
 #pragma unroll
         for (int q = 0; q < kAtOnce; ++q) {
           if ((other + q) * share >= row_end) break;
-          while (absent(v[q])) v[q] = published(part_of(other + q, i));
+          while (absent(v[q])) v[q] = published(slot(other + q));
           a += v[q].x;
           b += v[q].y;
-          *part_of(other + q, i) = make_float2(__uint_as_float(kAbsent), __uint_as_float(kAbsent));
+          *slot(other + q) = make_float2(__uint_as_float(kAbsent), __uint_as_float(kAbsent));
         }
       }
       task.finish(row, token, pair, a, b);
     }
   }
-}
-
-template <class S, class Task>
-__device__ void decode(const Task& task, u8* shared, const u8* codes, const u8* scales, int rows, int units, int chunks,
-                       float* partial) {
-  const int group = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / kWarpgroup), 0);
-  const bool fetches = threadIdx.x % kWarpgroup == 0;
-  const Share own = share_of<S>(rows * units);
-  if (own.me < 0) {
-    task.wait_for_activations();  // a kernel that has ended vouches for those before it
-    return;
-  }
-  // Requests queue in the memory system: a load that follows 144 KB an SM of weights takes 4 us where one alone takes
-  // 0.3, so x is asked for behind kEarly units of each group, and the others follow x.
-  Ring<S> ring(shared, group);
-  Feed feed{own.begin + group, own.end, 0, 0};
-  const auto find_next = [&] {
-    if (feed.next < feed.end) feed.find(task, units, chunks);
-  };
-  const auto fetch = [&](u32 slot) { feed.fetch(ring, slot, codes, scales, find_next); };
-  if (fetches) {  // the others meet the barriers after __syncthreads
-    ring.make_barriers();
-    find_next();
-    for (int i = 0; i < Task::kEarly; ++i) fetch(i * S::kSlotBytes);
-  }
-  task.wait_for_activations();
-  take_rows<S>(
-      task, shared, group, ring, own, units, partial, 0, false, [&] { fetch(ring.at); },
-      [&](bool first) {
-        if (!fetches || !first) return;
-#pragma unroll 1
-        for (int i = Task::kEarly; i < S::kDepth; ++i) fetch(i * S::kSlotBytes);
-      },
-      [] {});
 }

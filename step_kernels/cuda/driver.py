@@ -35,15 +35,11 @@ class Kernel:
     `parameters` are the kernel's, as codes of the struct module: P pointer, i int, q long long, f float.
     `shared_bytes` is the dynamic shared memory of every launch. A `dependent` kernel may start before the kernel
     ahead of it in the stream has ended, and must wait for that one (griddepcontrol.wait) before it uses its results.
-    The blocks of a `cooperative` one run all at once, so that they may wait for each other; it may be dependent, too.
     """
 
-    def __init__(
-        self, source: str, symbol: str, parameters: str, shared_bytes: int = 0, dependent: bool = False,
-        cooperative: bool = False,
-    ):  # fmt: skip
+    def __init__(self, source: str, symbol: str, parameters: str, shared_bytes: int = 0, dependent: bool = False):
         self.source, self.symbol, self.shared_bytes = CSRC / f"{source}.cu", symbol, shared_bytes
-        self.dependent, self.cooperative, self._config = dependent, cooperative, None
+        self.dependent, self._config = dependent, None
         self._functions = {}  # by device index
         self._lock = threading.Lock()
         self._layout = struct.Struct(parameters)
@@ -75,19 +71,13 @@ class Kernel:
             )
 
     def _queue(self, function, grid: tuple[int, int, int], block: int, stream: int):
-        if not (self.dependent or self.cooperative):
+        if not self.dependent:
             shape = (*grid, block, 1, 1, self.shared_bytes, stream, self._parameters, 0)
             return _cuda().cuLaunchKernel(function, *shape)[0]
-        cuda, config = _cuda(), self._config or _configuration(self.dependent, self.cooperative)
+        config = self._config = self._config or _dependent_launch()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.sharedMemBytes, config.hStream = block, self.shared_bytes, stream
-        (error,) = cuda.cuLaunchKernelEx(config, function, self._parameters, 0)
-        if error and self._config is None and error != cuda.CUresult.CUDA_ERROR_INVALID_CONTEXT:
-            config.numAttrs = 1  # of two, which this driver does not take together: after the kernel ahead, then
-            (error,) = cuda.cuLaunchKernelEx(config, function, self._parameters, 0)
-        if not error:
-            self._config = config
-        return error
+        return _cuda().cuLaunchKernelEx(config, function, self._parameters, 0)[0]
 
     def _load(self, device: int):
         with _loading:
@@ -172,20 +162,14 @@ def _load_module(source: Path, target: str, device: int):
     return _checked(_cuda().cuModuleLoadData(cubin(source, target)), f"{source.name}: loading for sm_{target}")
 
 
-def _configuration(dependent: bool, cooperative: bool):
-    """A launch configuration: cooperative, with programmatic stream serialization, or both, in this order."""
-    cuda, attributes = _cuda(), []
-    if cooperative:
-        attributes.append(cuda.CUlaunchAttribute())
-        attributes[-1].id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-        attributes[-1].value.cooperative = 1
-    if dependent:
-        attributes.append(cuda.CUlaunchAttribute())
-        attributes[-1].id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attributes[-1].value.programmaticStreamSerializationAllowed = 1
-    config = cuda.CUlaunchConfig()
-    config.blockDimY = config.blockDimZ = 1
-    config.attrs, config.numAttrs = attributes, len(attributes)
+def _dependent_launch():
+    """A launch configuration with programmatic stream serialization."""
+    cuda = _cuda()
+    attribute, config = cuda.CUlaunchAttribute(), cuda.CUlaunchConfig()
+    attribute.id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config.blockDimY = config.blockDimZ = config.numAttrs = 1
+    config.attrs = [attribute]
     return config
 
 

@@ -22,7 +22,6 @@ VARIANTS = {
     t: Kernel("sm90_nvfp4_linear", f"sm90_nvfp4_linear_t{t}", "PPPPPPqiiii", SHARED_BYTES[t], dependent=True)
     for t in THREADS
 }
-MOST_INNER = 32 * 1280  # bf16 values that the blocks of nvfp4_moe's kernel for few tokens hand to each other
 _STREAMS = 64  # that may compute at a time without sharing partial sums
 _ABSENT = -1  # no sum has these bits
 
@@ -71,20 +70,9 @@ def blocks(device: torch.device, tokens: int, units: int | None = None) -> int:
 
 def partials(device: torch.device) -> Tensor:
     """i32 [512 a multiprocessor] of this stream's own, absent; a kernel that keeps sums there leaves it so."""
-    return _own(device)[0]
-
-
-def inners(device: torch.device) -> tuple[Tensor, Tensor]:
-    """i32 [MOST_INNER], two halves that take turns, and i32 [blocks], the turns, of this stream's own."""
-    own = _own(device)[1]
-    return own[:MOST_INNER], own[MOST_INNER:]
-
-
-def _own(device: torch.device) -> tuple[Tensor, Tensor]:
-    partial, inner, taken = _pool(device.index)
+    pool, taken = _pool(device.index)
     stream = torch.cuda.current_stream(device).cuda_stream
-    own = taken.setdefault(stream, len(taken) % _STREAMS)
-    return partial[own], inner[own]
+    return pool[taken.setdefault(stream, len(taken) % _STREAMS)]
 
 
 @functools.cache
@@ -93,14 +81,11 @@ def multiprocessors(device: int) -> int:
 
 
 @functools.cache
-def _pool(device: int) -> tuple[Tensor, Tensor, dict[int, int]]:
+def _pool(device: int) -> tuple[Tensor, dict[int, int]]:
     """Made before any stream uses it: a graph's capture must not be the first, or its filling would come at replay."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("nvfp4 kernels: call one on this GPU before capturing a CUDA graph")
-    count = multiprocessors(device)
-    sizes = 64 * max(t * blocks for t, blocks in BLOCKS.items()) * count, MOST_INNER + -(-count // 4) * 4
-    partial, inner = (
-        torch.full((_STREAMS, size), _ABSENT, dtype=torch.int32, device=f"cuda:{device}") for size in sizes
-    )
+    size = 64 * max(t * count for t, count in BLOCKS.items()) * multiprocessors(device)
+    pool = torch.full((_STREAMS, size), _ABSENT, dtype=torch.int32, device=f"cuda:{device}")
     torch.cuda.synchronize(device)
-    return partial, inner, {}
+    return pool, {}

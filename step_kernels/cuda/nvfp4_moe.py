@@ -8,17 +8,7 @@ from torch import Tensor
 
 from . import nvfp4_prefill
 from .driver import Kernel
-from .nvfp4_linear import (
-    BLOCKS,
-    MOST_INNER,
-    SHARED_BYTES,
-    THREADS,
-    inners,
-    multiprocessors,
-    partials,
-    rows,
-    variant,
-)
+from .nvfp4_linear import BLOCKS, SHARED_BYTES, THREADS, multiprocessors, partials, rows, variant
 
 MOST_PAIRS = 512  # (token, slot) pairs to decode, which each block sorts: 64 tokens of 8 experts
 MOST_EXPERTS = 512
@@ -30,10 +20,10 @@ GATE_UP, DOWN = (
     }
     for part, types in (("gate_up", "PPPPPPPqiiiiiifPP"), ("down", "PPPPPPPPiiii"))
 )
-FEW = Kernel(
-    "sm90_nvfp4_moe", "sm90_nvfp4_moe_few", "P" * 13 + "qiiiiiiif", 227 * 1024, dependent=True, cooperative=True
+GATE_UP_FEW, DOWN_FEW = (
+    Kernel("sm90_nvfp4_moe", f"sm90_nvfp4_moe_{part}_few", types, SHARED_BYTES[2], dependent=True)
+    for part, types in (("gate_up", "PPPPPPPqiiiiiifPP"), ("down", "PPPPPPPPiiiii"))
 )
-FEW_THREADS = 512  # a block has a multiprocessor to itself
 SUM = Kernel("sm90_nvfp4_moe", "sm90_nvfp4_moe_sum", "PPPiii", dependent=True)
 
 
@@ -65,16 +55,19 @@ def launch(
     down = down_codes.contiguous(), down_scales.contiguous(), down_global.contiguous()
     if pairs > MOST_PAIRS:
         return nvfp4_prefill.moe(x, weights, ids, gate_up, down, inner_size, limit)
-    blocks, partial = multiprocessors(x.device.index), partials(x.device)
-    sizes = (top_k, experts, row_blocks, hidden, gate_up_global.dim(), float("inf") if limit is None else limit)
-    if tokens <= FEW_TOKENS and pairs <= FEW_PAIRS and pairs * inner_size <= MOST_INNER:
-        arguments = (*gate_up, *down, x, ids, weights, out, partial, *inners(x.device), x.stride(0), MOST_INNER // 2)
-        FEW.launch((blocks, 1, 1), FEW_THREADS, *arguments, tokens, *sizes)
-        return out
+    few = tokens <= FEW_TOKENS and pairs <= FEW_PAIRS
     shared = tile(tokens, pairs, experts)
-    grid = (BLOCKS[shared] * blocks, 1, 1)
+    grid, partial = (BLOCKS[shared] * multiprocessors(x.device.index), 1, 1), partials(x.device)
     inner = x.new_empty(pairs, inner_size)
-    arguments = (*gate_up, x, ids, inner, partial, x.stride(0), pairs, *sizes, *down[:2])
+    arguments = (
+        *gate_up, x, ids, inner, partial, x.stride(0), pairs, top_k, experts, row_blocks, hidden,
+        gate_up_global.dim(), float("inf") if limit is None else limit, *down[:2],
+    )  # fmt: skip
+    if few:
+        GATE_UP_FEW.launch(grid, THREADS[shared], *arguments)
+        sizes = (pairs, top_k, experts, hidden, inner_size)
+        DOWN_FEW.launch(grid, THREADS[shared], *down, inner, ids, weights, out, partial, *sizes)
+        return out
     GATE_UP[shared].launch(grid, THREADS[shared], *arguments)
     parts = x.new_empty(pairs, hidden, dtype=torch.float32)
     sizes = (pairs, experts, hidden, inner_size)
