@@ -5,18 +5,16 @@
 // the weights come through shared memory in steps of 128 k, three to five of them (55 to 92 KB of weights an SM, where
 // latency x bandwidth is 27). Four warps a scheduler hide each other's latencies: with the two of
 // sm90_nvfp4_prefill.cu, whose weights wait in registers, 128 rows x 64 k took at least 600 clocks for 294 issue slots
-// of a scheduler. Here 256 rows x 64 k are 4 warps of 114 instructions (3.6 a weight): 456 slots.
+// of a scheduler. Here 256 rows x 64 k are 4 warps of 139 instructions (4.3 a weight): 556 slots, 544 clocks of the ALU.
 //
 //   warpgroup 0     copies: x [tokens][64 k] twice, swizzled by 128 bytes; codes and scales of 4 x 64 rows x 128 k
 //   warpgroup 1-4   16 bytes of codes and 8 of scales a thread and 64 k, from shared memory to bf16 fragments; wgmma
 //
 // Split over k, the sums go to `partial` as they lie in registers, and sm90_nvfp4_prefill_few_sum adds them in order.
 
-#include "common/nvfp4_sm90_prefill.cuh"
+#include "common/nvfp4_sm90_prefill_few.cuh"
 
-constexpr int kBlocks = 4;  // 64-row blocks of a CTA, one a consumer warpgroup
-constexpr int kStep = 2;    // chunks of 64 k
-constexpr int kThreads = 128 * (1 + kBlocks);
+constexpr int kStep = 2;  // chunks of 64 k
 constexpr int kStepCodes = kStep * kTileCodes, kStepScales = kStep * kTileScales;
 
 template <int kMost>
@@ -35,40 +33,6 @@ __device__ __forceinline__ void copy_box(unsigned to, const TensorMap* map, int 
       " [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
       "l"(map), "r"(k), "r"(row), "r"(barrier)
       : "memory");
-}
-
-__device__ __forceinline__ Weights load_shared(unsigned codes, unsigned scales) {
-  Weights w;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(w.codes.x), "=r"(w.codes.y), "=r"(w.codes.z), "=r"(w.codes.w)
-               : "r"(codes));
-  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(w.scales.x), "=r"(w.scales.y) : "r"(scales));
-  return w;
-}
-
-struct Work {
-  const int4* tiles;      // [*tile_count] {expert, first row of x, tokens, 0}, or null: one weight, tiles alike
-  const int* tile_count;
-  float4* partial;        // [splits, tokens / 32, blocks, 4, 128], or null: not split
-  int token_tiles;        // without `tiles`
-  int tile_tokens;        // without `tiles`: of each, a multiple of kBox
-  int row_tiles;          // ceil(blocks / kBlocks)
-  int splits, steps;      // of kStep chunks, of a split
-  __device__ int count() const { return (tiles ? *tile_count : token_tiles * splits) * row_tiles; }
-};
-
-struct Tile {
-  int expert, first, tokens, row_tile, split;
-};
-
-// Neighbours share x with `tiles` and the weights without: what is read at the same time is read from memory once.
-__device__ __forceinline__ Tile tile_at(const Work& work, int index) {
-  if (work.tiles) {
-    const int4 tile = __ldg(work.tiles + index / work.row_tiles);
-    return {tile.x, tile.y, tile.z, index % work.row_tiles, 0};
-  }
-  const int rest = index / work.token_tiles, token_tile = index % work.token_tiles;
-  return {0, token_tile * work.tile_tokens, work.tile_tokens, rest % work.row_tiles, rest / work.row_tiles};
 }
 
 template <int kMost>

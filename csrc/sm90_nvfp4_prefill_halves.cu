@@ -1,5 +1,5 @@
 // NVFP4 weights x tiles of 8 to 48 tokens on Hopper's FP8 tensor cores: the routed experts' two products, and dense
-// ones split over k where rows are few. To expand a weight to bf16 takes 3.6 instructions. Here it takes 2.1 with its
+// ones split over k where rows are few. To expand a weight to bf16 takes 4.3 instructions. Here it takes 2.1 with its
 // scale, and each token a sixteenth.
 //
 // x comes in halves (sm90_nvfp4_moe_prefill_halves): x = 2^e (hi + lo), both e4m3, e the row's. A mask makes codes FP8.
@@ -17,11 +17,9 @@
 // arrive from memory in 490 clocks. Split over k, the sums go to `partial` as they lie in registers, and
 // sm90_nvfp4_prefill_few_sum adds them in order.
 
-#include "common/nvfp4_sm90_prefill.cuh"
+#include "common/nvfp4_sm90_prefill_few.cuh"
 
-constexpr int kBlocks = 4;  // 64-row blocks of a CTA, one a consumer warpgroup
-constexpr int kStep = 4;    // chunks of 64 k
-constexpr int kThreads = 128 * (1 + kBlocks);
+constexpr int kStep = 4;  // chunks of 64 k
 constexpr int kStepCodes = kStep * kTileCodes, kStepScales = kStep * kTileScales;
 constexpr int kGroup = 8;                         // tokens whose x lies together
 constexpr int kGroupBytes = kStep * kGroup * 128;  // of a step
@@ -82,15 +80,6 @@ __device__ __forceinline__ u64 halves_descriptor(unsigned address) {
 
 // ---- weights ----
 
-__device__ __forceinline__ Weights load_shared(unsigned codes, unsigned scales) {
-  Weights w;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(w.codes.x), "=r"(w.codes.y), "=r"(w.codes.z), "=r"(w.codes.w)
-               : "r"(codes));
-  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(w.scales.x), "=r"(w.scales.y) : "r"(scales));
-  return w;
-}
-
 __device__ __forceinline__ void clear_shared(unsigned at) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
 }
@@ -123,38 +112,17 @@ __device__ __forceinline__ float2 scales_of(const Weights& weights, int block) {
 
 // ---- work ----
 
-struct Work {
-  const int4* tiles;      // [*tile_count] {expert, first row of x, tokens, 0}, or null: one weight, tiles alike
-  const int* tile_count;
-  float4* partial;        // [splits, token_tiles, ceil(tokens / 32), blocks, 4, 128], or null: not split
-  const u8* x;            // [ceil(chunks / kStep), groups, kGroupBytes]
-  const float* factors;   // [groups * kGroup]: of hi + lo
-  int groups;             // of kGroup rows of x
-  int token_tiles;        // without `tiles`
-  int tile_tokens;        // without `tiles`: of each
-  int row_tiles;          // ceil(blocks / kBlocks)
-  int splits, steps;      // of kStep chunks, of a split
-  __device__ int count() const { return (tiles ? *tile_count : token_tiles * splits) * row_tiles; }
+struct Halves {
+  const u8* x;           // [ceil(chunks / kStep), groups, kGroupBytes]
+  const float* factors;  // [groups * kGroup]: of hi + lo
+  int groups;            // of kGroup rows of x
 };
-
-struct Tile {
-  int expert, first, tokens, row_tile, split;
-};
-
-// Neighbours share x with `tiles` and the weights without: what is read at the same time is read from memory once.
-__device__ __forceinline__ Tile tile_at(const Work& work, int index) {
-  if (work.tiles) {
-    const int4 tile = __ldg(work.tiles + index / work.row_tiles);
-    return {tile.x, tile.y, tile.z, index % work.row_tiles, 0};
-  }
-  const int rest = index / work.token_tiles, token_tile = index % work.token_tiles;
-  return {0, token_tile * work.tile_tokens, work.tile_tokens, rest % work.row_tiles, rest / work.row_tiles};
-}
 
 template <int kMost>
 struct Consumer {
   using S = Shape<kMost>;
   const Work& work;
+  const Halves& halves;
   const Weight& weight;
   const TensorMap* out;
   float limit;
@@ -227,7 +195,7 @@ struct Consumer {
       parity ^= step == 0;
     }
     const int own = thread_anew(), block = tile.row_tile * kBlocks + group;
-    const float2* factor = reinterpret_cast<const float2*>(work.factors + tile.first) + own % 4;
+    const float2* factor = reinterpret_cast<const float2*>(halves.factors + tile.first) + own % 4;
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
       const float2 f = __ldcg(factor + 4 * j);
@@ -271,7 +239,8 @@ struct Consumer {
 };
 
 template <int kMost, bool kPaired, int... kTokens>
-__device__ __forceinline__ void prefill(const TensorMap* out, const Work& work, const Weight& weight, float limit) {
+__device__ __forceinline__ void prefill(const TensorMap* out, const Work& work, const Halves& halves, const Weight& weight,
+                                        float limit) {
   using S = Shape<kMost>;
   extern __shared__ char s_bytes[];
   __shared__ u64 s_full[S::kSteps], s_empty[S::kSteps];
@@ -328,8 +297,8 @@ __device__ __forceinline__ void prefill(const TensorMap* out, const Work& work, 
               }
             }
             if (pass == 1) {
-              const long long place = static_cast<long long>(s) * work.groups + tile.first / kGroup;
-              copy_bytes(at, work.x + place * kGroupBytes, x_bytes, barrier);
+              const long long place = static_cast<long long>(s) * halves.groups + tile.first / kGroup;
+              copy_bytes(at, halves.x + place * kGroupBytes, x_bytes, barrier);
             }
             step = step + 1 == S::kSteps ? 0 : step + 1;
             parity ^= step == 0;
@@ -340,7 +309,7 @@ __device__ __forceinline__ void prefill(const TensorMap* out, const Work& work, 
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 112;\ngriddepcontrol.wait;" ::: "memory");
     const unsigned staging = stages + S::kSteps * S::kBytes + (group - 1) * S::kStaging;
-    Consumer<kMost> consumer = {work, weight, out, limit, stages, full, empty, staging, group - 1,
+    Consumer<kMost> consumer = {work, halves, weight, out, limit, stages, full, empty, staging, group - 1,
                                 static_cast<int>(threadIdx.x % 128), 0, 0};
 #pragma unroll 1
     for (int index = blockIdx.x; index < count; index += gridDim.x) {
@@ -359,10 +328,10 @@ __device__ __forceinline__ void prefill(const TensorMap* out, const Work& work, 
            const int* tile_count, float4* partial, const u8* x, const float* factors, int groups, int token_tiles,     \
            int tile_tokens, int row_tiles, int splits, int steps, int blocks, int chunks, int parts, int rows,         \
            float limit, const __grid_constant__ TensorMap out) {                                                       \
-    const Work work = {tiles,       tile_count,  partial,   x,      factors, groups,                                   \
-                       token_tiles, tile_tokens, row_tiles, splits, steps};                                            \
+    const Work work = {tiles, tile_count, partial, token_tiles, tile_tokens, row_tiles, splits, steps};                \
+    const Halves halves = {x, factors, groups};                                                                        \
     const Weight weight = {codes, scales, global_scale, blocks, chunks, parts, rows};                                  \
-    prefill<most, paired, __VA_ARGS__>(&out, work, weight, limit);                                                     \
+    prefill<most, paired, __VA_ARGS__>(&out, work, halves, weight, limit);                                             \
   }
 
 PRODUCT(sm90_nvfp4_prefill_halves_plain_32, 32, false, 8, 16, 24, 32)

@@ -87,7 +87,7 @@ def test_launchers_pack_the_parameters_of_their_kernels():
 
 def test_bounds_hold_the_tiles_of_any_routing():
     rng = random.Random(0)
-    for name, sizes in prefill.SIZES.items():
+    for sizes in prefill.SIZES.values():
         largest = sizes[-1]
         for _ in range(300):
             counts = [rng.choice((0, 0, 1, 2, rng.randrange(40), rng.randrange(700))) for _ in range(12)]
@@ -96,7 +96,7 @@ def test_bounds_hold_the_tiles_of_any_routing():
                 count = -(-tokens // largest)
                 tiles += count
                 rows += count * next(s for s in sizes if s * count >= tokens)
-            most_tiles, most_rows = prefill.bounds(sum(counts), 12, name)
+            most_tiles, most_rows = prefill.bounds(sum(counts), 12, sizes)
             assert tiles <= most_tiles and rows <= most_rows
 
 
@@ -336,7 +336,7 @@ def assert_moe_close(out, wanted):
 def test_sort_gives_every_pair_a_row_of_its_own_in_its_experts_tiles(tokens, top_k, kind):
     experts, sizes = 36, prefill.SIZES["128"]
     ids = routing(kind, tokens, experts, top_k)
-    tiles, rows = prefill.bounds(ids.numel(), experts, "128")
+    tiles, rows = prefill.bounds(ids.numel(), experts, prefill.SIZES["128"])
     position, table, count = prefill.sort(ids, experts, sizes, tiles)
     wanted, row = [], 0
     for expert, pairs in enumerate(ids[(ids >= 0) & (ids < experts)].bincount(minlength=experts).tolist()):

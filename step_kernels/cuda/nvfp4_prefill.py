@@ -103,7 +103,7 @@ def moe(
 def _moe(x, weights, ids, gate_up, down, inner_size, limit, out) -> None:
     (tokens, hidden), (_, top_k), experts = x.shape, ids.shape, len(gate_up[0])
     name = moe_kernel(ids.numel() / experts)
-    tiles, rows = bounds(ids.numel(), experts, name)
+    tiles, rows = bounds(ids.numel(), experts, SIZES[name])
     position, table, count = sort(ids, experts, SIZES[name], tiles)
     sorted_rows, inner = x.new_empty(rows, hidden), x.new_empty(rows, inner_size)
     halves = name.startswith("halves_")

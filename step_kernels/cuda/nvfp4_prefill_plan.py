@@ -63,8 +63,7 @@ def moe_kernel(mean: float) -> str:
     return min(SIZES, key=clocks)
 
 
-def bounds(pairs: int, experts: int, name: str) -> tuple[int, int]:
-    """The most tiles and rows of sorted x that any routing of `pairs` can need in a kernel."""
-    sizes = (0, *SIZES[name])
+def bounds(pairs: int, experts: int, sizes: tuple[int, ...]) -> tuple[int, int]:
+    """The most tiles and rows of sorted x that any routing of `pairs` can need in a kernel of these tile sizes."""
     tiles = pairs // sizes[-1] + min(experts, pairs)
-    return tiles, pairs + tiles * max(b - a for a, b in zip(sizes, sizes[1:]))
+    return tiles, pairs + tiles * max(b - a for a, b in zip((0, *sizes), sizes))

@@ -11,11 +11,12 @@ from torch import Tensor
 from .. import w4a8
 from . import nvfp4_linear, nvfp4_moe, nvfp4_prefill
 from .driver import Kernel
-from .nvfp4_prefill import BLOCKS, COMBINE, GROUP, TILE_K, sort, tensor_map
+from .nvfp4_prefill import BLOCKS, COMBINE, GROUP, TILE_K, bounds, sort, tensor_map
 
-# Fewer go the way of bf16 activations, where the weights' bytes or rounding x leave little to gain (predicted).
-FEWEST_TOKENS, FEWEST_ROWS = 256, 512  # of a dense product
-FEWEST_PER_EXPERT = 16  # (token, slot) pairs on average
+# Fewer go the way of bf16 activations, which was as fast or faster there on an H200: experts at 1024 tokens, 28 pairs
+# each, 1123 us to 1251, at 57 pairs 1408 to 1398; 1024 rows of 4096 k at 8192 tokens 94 to 111.
+FEWEST_TOKENS, FEWEST_ROWS = 1024, 2048  # of a dense product
+FEWEST_PER_EXPERT = 64  # (token, slot) pairs on average
 SIZES = {"128": (32, 64, 96, 128), "192": (128, 192), "256": (128, 224, 256)}  # tile sizes (tokens) of each kernel
 _AHEAD = 4  # chunks of 64 k that a kernel takes at a time: k is padded to that
 _LARGEST = 1 << 30  # bytes of the experts' bf16 results at a time
@@ -29,8 +30,8 @@ PLAIN, PAIRED = (
 )
 QUANTIZE = Kernel(_SOURCE, f"{_SOURCE}_quantize", "PPPPqiiii")
 
-# Clocks of a cluster for 256 rows x 64 k by tile size: tensor cores need 2 a token, expanding 270 (predicted).
-_CLOCKS = {32: 310, 64: 320, 96: 330, 128: 350, 192: 430, 224: 500, 256: 560}
+# Measured on an H200, clocks of 1.755 GHz of a cluster for 256 rows x 64 k by tile size; tensor cores need 2 a token.
+_CLOCKS = {32: 490, 64: 545, 96: 620, 128: 650, 192: 750, 224: 815, 256: 900}
 _TILE_CLOCKS = 3000  # of a tile's first copies and its output
 
 
@@ -148,9 +149,3 @@ def moe_kernel(mean: float) -> str:
         return total
 
     return min(SIZES, key=clocks)
-
-
-def bounds(pairs: int, experts: int, sizes: tuple[int, ...]) -> tuple[int, int]:
-    """The most tiles and rows of sorted x that any routing of `pairs` can need."""
-    tiles = pairs // sizes[-1] + min(experts, pairs)
-    return tiles, pairs + tiles * max(b - a for a, b in zip((0, *sizes), sizes))
