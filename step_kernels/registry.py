@@ -127,6 +127,11 @@ def force(backend: str):
         _forced.pop()
 
 
+def forced() -> str | None:
+    """The backend that alone may serve calls on CUDA, or None."""
+    return _forced[-1] if _forced else None
+
+
 def ops() -> tuple[str, ...]:
     """Names of all ops."""
     return tuple(sorted(_ops))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -164,6 +165,14 @@ def test_the_tables_give_prepared_weights_to_cuda_and_others_to_triton(monkeypat
 
 def test_only_hopper_prepares():
     assert not prepares(torch.device("cpu"))
+
+
+def test_weights_stay_in_checkpoint_layout_where_a_backend_is_forced_that_wants_it(monkeypatch):
+    monkeypatch.setattr(sys.modules["step_kernels.ops.nvfp4_prepare"], "compute_capability", lambda device: 90)
+    assert prepares(torch.device("cuda", 0))
+    for backend, wanted in (("cuda", True), ("cuda-w4a8", True), ("triton", False), ("reference", False)):
+        with sk.force(backend):
+            assert prepares(torch.device("cuda", 0)) == wanted
 
 
 @pytest.mark.gpu

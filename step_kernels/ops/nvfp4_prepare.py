@@ -8,13 +8,18 @@ from torch import Tensor
 from .. import prepared
 from ..nvfp4 import NVFP4Experts, NVFP4Weight
 from ..prepared import PreparedWeight
-from ..registry import Kernel, compute_capability, lazy
+from ..registry import Kernel, compute_capability, forced, lazy
 
 _ON_HOPPER = Kernel("cuda", lazy("cuda.nvfp4_prepare.pack"), (90, 90), "cuda.bindings")
 
 
 def prepares(device: torch.device) -> bool:
-    """Whether kernels for this device take prepared weights: it is a Hopper GPU and cuda-bindings is installed."""
+    """Whether weights are to be prepared for this device: it packs them, and no backend is forced that refuses them."""
+    return forced() in (None, "cuda", "cuda-w4a8") and _packs(device)
+
+
+def _packs(device: torch.device) -> bool:
+    """It is a Hopper GPU and cuda-bindings is installed."""
     return device.type == "cuda" and _ON_HOPPER.refusal(compute_capability(device.index)) is None
 
 
@@ -46,7 +51,7 @@ def _prepare(weight: NVFP4Weight, paired: bool) -> PreparedWeight:
 
 
 def _run(function: str, codes: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    if prepares(codes.device):
+    if _packs(codes.device):
         with torch.cuda.device(codes.device):
             return lazy(f"cuda.nvfp4_prepare.{function}")(codes, *arguments)
     return getattr(prepared, function)(codes, *arguments)
