@@ -48,6 +48,7 @@ struct Consumer {
   int step;  // of kSteps in shared memory, the next
 
   __device__ __forceinline__ void release(int before) {
+    __syncwarp();  // one lane speaks for the warp's loads of codes and scales
     if (thread % 32 == 0) barrier_arrive(empty + 8 * before);
   }
 
