@@ -169,9 +169,8 @@ class Trainable:
 
     def _attention(self, a: Attention, x: Tensor, rows: int) -> Tensor:
         config, positions = a.layer, self.positions
-        q, k, v = (
-            F.linear(x, w).unflatten(-1, (-1, config.head_dim)).unflatten(0, (rows, -1)) for w in (a.q, a.k, a.v)
-        )
+        *qkv, gate = (F.linear(x, w) for w in a.qkvg.weights)
+        q, k, v = (y.unflatten(-1, (-1, config.head_dim)).unflatten(0, (rows, -1)) for y in qkv)
         angle = positions.float()[:, None, None] * a.inv_freq
         q, k = (self.rotate(y, w, a.eps, angle, self.dtype) for y, w in ((q, a.q_norm), (k, a.k_norm)))
         group = config.heads // config.kv_heads
@@ -182,11 +181,12 @@ class Trainable:
             behind = positions[:, None] - positions
             seen = (behind >= 0) & (behind < config.window)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        out = out.transpose(1, 2).flatten(0, 1) * F.linear(x, a.g).sigmoid()[..., None]
+        out = out.transpose(1, 2).flatten(0, 1) * gate.sigmoid()[..., None]
         return F.linear(out.flatten(-2), a.o)
 
     def _mlp(self, mlp: MLP, x: Tensor) -> Tensor:
-        return F.linear(self.swiglu(torch.cat((F.linear(x, mlp.gate), F.linear(x, mlp.up)), -1), mlp.limit), mlp.down)
+        gate_up = torch.cat([F.linear(x, w) for w in mlp.gate_up.weights], -1)
+        return F.linear(self.swiglu(gate_up, mlp.limit), mlp.down)
 
     def _moe(self, moe: MoE, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

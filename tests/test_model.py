@@ -135,8 +135,8 @@ def test_clamps_bind_on_the_last_two_layers_alone(model):
 
 
 def test_sliding_layers_have_more_heads_than_full_ones(model):
-    assert [layer.attention.q.shape[0] // 32 for layer in model.layers] == [8, 12, 12, 12, 8, 12, 12, 12]
-    assert [layer.decoder.attention.q.shape[0] // 32 for layer in model.mtp] == [12, 12, 12]
+    assert [layer.attention.qkvg.rows[0] // 32 for layer in model.layers] == [8, 12, 12, 12, 8, 12, 12, 12]
+    assert [layer.decoder.attention.qkvg.rows[0] // 32 for layer in model.mtp] == [12, 12, 12]
 
 
 def test_norm_weights_are_deltas_from_one(model):

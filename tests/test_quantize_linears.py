@@ -212,11 +212,11 @@ def test_bundled_model_in_linears_computes_what_its_decoded_weights_compute(sett
     packed, decoded, exact = (Step3p7.from_pretrained(f, "cpu", torch.float32) for f in folders)
     first, last = packed.layers[0], packed.layers[-1]
     linears = [
-        first.attention.q,
+        first.attention.qkvg.weights[0],
         first.attention.o,
         first.ffn.down,
-        last.attention.v,
-        last.ffn.share.up,
+        last.attention.qkvg.weights[2],
+        last.ffn.share.gate_up.weights[1],
         packed.lm_head,
     ]
     assert [isinstance(w, NVFP4Weight) for w in linears] == [True] * 5 + [settings.lm_head]

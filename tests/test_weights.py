@@ -99,7 +99,7 @@ def test_nvfp4_linears_compute_what_their_decoded_weights_compute(tmp_path):
     ]
     packed, decoded = quantized(bundled(), [*names, "lm_head.weight"])
     model = load(write(tmp_path / "packed", packed))
-    assert isinstance(model.layers[0].attention.q, NVFP4Weight) and isinstance(model.lm_head, NVFP4Weight)
+    assert isinstance(model.layers[0].attention.qkvg.weights[0], NVFP4Weight) and isinstance(model.lm_head, NVFP4Weight)
     assert relative_error(logits(model), logits(load(write(tmp_path / "decoded", decoded)))) < 1e-6
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..ops.kv_append import rope
 from ..ops.rms_norm import normalized
 from .config import LayerConfig
-from .layers import inverse_frequencies, linear
+from .layers import Linears, inverse_frequencies, linear
 
 
 class Attention:
@@ -17,11 +17,9 @@ class Attention:
     def __init__(self, weights, name: str, index: int, layer: LayerConfig, hidden: int, eps: float):
         q_size, kv_size = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         self.index, self.layer, self.eps = index, layer, eps
-        self.q = weights.linear(f"{name}.q_proj", q_size, hidden)
-        self.k = weights.linear(f"{name}.k_proj", kv_size, hidden)
-        self.v = weights.linear(f"{name}.v_proj", kv_size, hidden)
+        rows = {"q": q_size, "k": kv_size, "v": kv_size, "g": layer.heads}
+        self.qkvg = Linears(*(weights.linear(f"{name}.{part}_proj", n, hidden) for part, n in rows.items()))
         self.o = weights.linear(f"{name}.o_proj", hidden, q_size)
-        self.g = weights.linear(f"{name}.g_proj", layer.heads, hidden)
         self.q_norm = weights.tensor(f"{name}.q_norm.weight", (layer.head_dim,))
         self.k_norm = weights.tensor(f"{name}.k_norm.weight", (layer.head_dim,))
         self.k_scale = weights.scalar(f"{name}.k_proj.k_scale", 1.0)
@@ -29,9 +27,9 @@ class Attention:
         self.inv_freq = inverse_frequencies(layer, self.q_norm.device)
 
     def __call__(self, x: Tensor, context) -> Tensor:
-        q = linear(x, self.q).unflatten(-1, (self.layer.heads, self.layer.head_dim))
-        k, v = (linear(x, w).unflatten(-1, (self.layer.kv_heads, self.layer.head_dim)) for w in (self.k, self.v))
-        out = context.attend(self, q, k, v, linear(x, self.g))
+        *qkv, gate = self.qkvg(x)
+        q, k, v = (y.unflatten(-1, (-1, self.layer.head_dim)) for y in qkv)
+        out = context.attend(self, q, k, v, gate)
         return linear(out.flatten(-2), self.o)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..nvfp4 import NVFP4Weight
 from ..ops import nvfp4_linear, rms_norm, swiglu
-from ..prepared import PreparedWeight
+from ..prepared import TILE, PreparedWeight
 from .config import LayerConfig
 
 
@@ -29,18 +29,47 @@ def linear(x: Tensor, weight: Tensor | NVFP4Weight | PreparedWeight) -> Tensor:
     return F.linear(x, weight) if isinstance(weight, Tensor) else nvfp4_linear(x, weight)
 
 
+class Linears:
+    """Several linears of one input, multiplied as one where all of their weights are plain or all are prepared."""
+
+    def __init__(self, *weights: Tensor | NVFP4Weight | PreparedWeight):
+        self.weights, self.rows = weights, [w.shape[0] for w in weights]
+        if all(isinstance(w, Tensor) and not w.requires_grad for w in weights):
+            self.weights = (torch.cat(weights),)
+        elif all(isinstance(w, PreparedWeight) for w in weights):
+            self.weights = (_stacked(weights),)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x [..., k] -> [..., rows] of each."""
+        if len(self.weights) > 1:
+            return [linear(x, weight) for weight in self.weights]
+        (weight,) = self.weights
+        widths = self.rows if isinstance(weight, Tensor) else [-(-n // TILE) * TILE for n in self.rows]
+        return [y[..., :n] for y, n in zip(linear(x, weight).split(widths, -1), self.rows)]
+
+    def joined(self, x: Tensor) -> Tensor:
+        """x [..., k] -> the outputs side by side."""
+        alone = len(self.weights) == 1 and self.weights[0].shape[0] == sum(self.rows)
+        return linear(x, self.weights[0]) if alone else torch.cat(self(x), -1)
+
+
+def _stacked(weights: tuple[PreparedWeight, ...]) -> PreparedWeight:
+    """One below the other in whole tiles, rows of zeros between; a global scale a tile."""
+    codes, scales = torch.cat([w.codes for w in weights]), torch.cat([w.scales for w in weights])
+    outer = torch.cat([w.global_scale.expand(len(w.codes)) for w in weights])
+    return PreparedWeight(codes, scales, outer, torch.Size((TILE * len(codes), weights[0].shape[1])))
+
+
 class MLP:
     """down(swiglu(gate(x), up(x))): the dense layers and the share expert."""
 
     def __init__(self, weights, name: str, hidden: int, inner: int, limit: float | None):
-        self.gate = weights.linear(f"{name}.gate_proj", inner, hidden)
-        self.up = weights.linear(f"{name}.up_proj", inner, hidden)
+        self.gate_up = Linears(*(weights.linear(f"{name}.{part}_proj", inner, hidden) for part in ("gate", "up")))
         self.down = weights.linear(f"{name}.down_proj", hidden, inner)
         self.limit = limit
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate_up = torch.cat((linear(x, self.gate), linear(x, self.up)), -1)
-        return linear(swiglu(gate_up, self.limit), self.down)
+        return linear(swiglu(self.gate_up.joined(x), self.limit), self.down)
 
 
 def inverse_frequencies(layer: LayerConfig, device: torch.device) -> Tensor:
