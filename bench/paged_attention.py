@@ -17,41 +17,47 @@ KV_HEADS, DIM, PAGE_SIZE, WINDOW = 8, 128, 64, 512
 
 
 class Case(NamedTuple):
-    """`batch` requests of `new` tokens each, at the end of `length`."""
+    """Requests of `new` tokens each, at the end of `lengths`."""
 
-    batch: int
+    lengths: tuple[int, ...]
     new: int
-    length: int
     heads: int
     window: int | None = None
 
-    @property
-    def pages(self) -> int:
-        return -(-self.length // PAGE_SIZE)
+
+def _pages(length: int) -> int:
+    return -(-length // PAGE_SIZE)
 
 
-DECODE = [(1, 8192), (1, 32768), (1, 131072), (16, 8192), (64, 8192)]
-CASES = {f"{b} at {n // 1024}k, {h}h": Case(b, 1, n, h) for h in (64, 96) for b, n in DECODE}
+K = 1024
+DECODE = [(1, 8), (1, 32), (1, 128), (1, 256), (16, 8), (16, 32), (64, 8)]
+CASES = {f"{b} at {n}k, {h}h": Case(b * (n * K,), 1, h) for h in (64, 96) for b, n in DECODE}
+CASES |= {"63 at 2k, 1 at 256k": Case(63 * (2 * K,) + (256 * K,), 1, 64)}
 # One page more than the window: a longer cache would make for fewer copies, whose windows all fit into L2.
-CASES |= {f"{b} at 576, window": Case(b, 1, WINDOW + PAGE_SIZE, 96, WINDOW) for b in (1, 16, 64)}
-CASES |= {f"{m // 1024}k of {n // 1024}k, 64h": Case(1, m, n, 64) for m, n in ((8192, 8192), (2048, 32768))}
-CASES |= {"8k of 8k, window": Case(1, 8192, 8192, 96, WINDOW)}
+CASES |= {f"{b} at 576, window": Case(b * (WINDOW + PAGE_SIZE,), 1, 96, WINDOW) for b in (1, 16, 64)}
+DRAFTS = [(1, 4, 128), (1, 8, 128), (16, 2, 8), (16, 4, 8), (16, 8, 8)]
+CASES |= {f"{b} x {m} of {n}k, 64h": Case(b * (n * K,), m, 64) for b, m, n in DRAFTS}
+CASES |= {"16 x 4 of 576, window": Case(16 * (WINDOW + PAGE_SIZE,), 4, 96, WINDOW)}
+CASES |= {f"{m}k of {n}k, 64h": Case((n * K,), m * K, 64) for m, n in ((8, 8), (2, 32), (2, 128))}
+CASES |= {"8k of 8k, window": Case((8 * K,), 8 * K, 96, WINDOW)}
 
 
 def inputs(case: Case) -> tuple:
     """The op's arguments, random, with pages in random order and a gate."""
-    tokens, pages = case.batch * case.new, case.batch * case.pages
-    shape = (pages, KV_HEADS, PAGE_SIZE, DIM)
+    counts = [_pages(length) for length in case.lengths]
+    requests, tokens = len(counts), len(counts) * case.new
+    shape = (sum(counts), KV_HEADS, PAGE_SIZE, DIM)
     caches = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn) for _ in range(2))
+    order = torch.randperm(sum(counts), dtype=torch.int32).split(counts)
     one = torch.ones((), device="cuda")
     return (
         torch.randn(tokens, case.heads, DIM, device="cuda", dtype=torch.bfloat16),
         *caches,
         one,
         one,
-        torch.randperm(pages, device="cuda", dtype=torch.int32).view(case.batch, -1),
-        torch.full((case.batch,), case.length, device="cuda", dtype=torch.int32),
-        torch.arange(case.batch + 1, device="cuda", dtype=torch.int32) * case.new,
+        torch.nn.utils.rnn.pad_sequence(order, batch_first=True, padding_value=-1).cuda(),
+        torch.tensor(case.lengths, device="cuda", dtype=torch.int32),
+        torch.arange(requests + 1, device="cuda", dtype=torch.int32) * case.new,
         case.window,
         torch.randn(tokens, case.heads, device="cuda", dtype=torch.bfloat16),
     )
@@ -59,14 +65,16 @@ def inputs(case: Case) -> tuple:
 
 def work(case: Case) -> tuple[int, int]:
     """Bytes that must move and matrix FLOP: the keys and values that a query sees read once, q read, out written."""
-    oldest = case.length - case.new  # position of the first query
-    seen = torch.arange(oldest, case.length) + 1
-    first = 0
-    if case.window:
-        seen, first = seen.clamp(max=case.window), max(0, oldest - case.window + 1)
-    cache = 2 * case.batch * (case.length - first) * KV_HEADS * DIM
-    rows = case.batch * case.heads
-    return cache + 2 * 2 * rows * case.new * DIM, 4 * rows * DIM * int(seen.sum())
+    read = pairs = 0
+    for length in case.lengths:
+        oldest = length - case.new  # position of the first query
+        seen, first = torch.arange(oldest, length) + 1, 0
+        if case.window:
+            seen, first = seen.clamp(max=case.window), max(0, oldest - case.window + 1)
+        read += length - first
+        pairs += int(seen.sum())
+    rows = len(case.lengths) * case.new * case.heads
+    return 2 * read * KV_HEADS * DIM + 2 * 2 * rows * DIM, 4 * DIM * case.heads * pairs
 
 
 @functools.lru_cache(maxsize=1)
@@ -78,11 +86,13 @@ def _in_order(batch: int, length: int):
 
 
 def _sdpa(q, k_cache, v_cache, k_scale, v_scale, block_table, seq_lens, query_start, window, gate):
-    """torch's attention over bf16 keys and values that lie in order: no pages, no gate.
+    """torch's attention over bf16 keys and values that lie in order: no pages, no gate, requests of one length.
 
     A prompt has no window (it would take a mask of all pairs), one behind cached tokens is not causal (3 % more).
     """
     batch, length = len(seq_lens), block_table.shape[1] * PAGE_SIZE
+    if len(k_cache) != block_table.numel():
+        raise ValueError(f"takes requests of one length, got {len(k_cache)} pages for {batch} of up to {length} tokens")
     new = len(q) // batch
     key, value = next(_in_order(batch, length))
     if new == 1 and window:

@@ -62,6 +62,7 @@ def _triton_refuses(q, k_cache, v_cache, k_scale, v_scale, table, seq_lens, star
 
 _FLASHINFER = "flashinfer.paged_attention"
 _KERNELS = (
+    Kernel("cuda", lazy("cuda.paged_attention.launch"), (90, 90), "cuda.bindings", lazy("cuda.paged_attention.refuse")),
     Kernel("flashinfer", lazy(f"{_FLASHINFER}.launch"), (100, 103), "flashinfer", lazy(f"{_FLASHINFER}.refuse")),
     Kernel("triton", lazy("triton.paged_attention.launch"), package="triton", refuse=_triton_refuses),
 )
