@@ -1,9 +1,11 @@
-"""From the q/k/v projections into the FP8 cache, as in a full-attention layer of Step-3.7-Flash.
+"""From the q/k/v projections into the FP8 cache, as in Step-3.7-Flash: 8 KV heads of 128 dims, pages of 64 tokens.
 
-64 query and 8 KV heads of 128 dims, 64 of them rotary; pages of 64 tokens.
+A full-attention layer has 64 query heads and 64 rotary dims, a sliding one 96 and 128.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -12,26 +14,37 @@ from step_kernels.ops.kv_append import rope
 from step_kernels.ops.rms_norm import normalized
 from step_kernels.testing import relative_error
 
-HEADS, KV_HEADS, DIM, ROTARY, PAGE = 64, 8, 128, 64, 64
-CASES = {f"{tokens} tokens": tokens for tokens in (1, 64, 1024, 8192)}
+KV_HEADS, DIM, PAGE = 8, 128, 64
 
 
-def inputs(tokens: int) -> tuple:
+class Case(NamedTuple):
+    tokens: int
+    heads: int = 64
+    rotary: int = 64
+
+
+TOKENS = (1, 64, 1024, 8192)
+CASES = {f"{tokens} tokens": Case(tokens) for tokens in TOKENS}
+CASES |= {f"{tokens} tokens, 96h": Case(tokens, 96, 128) for tokens in TOKENS}
+
+
+def inputs(case: Case) -> tuple:
     """The op's arguments, random: q, k and v are views of one buffer."""
-    qkv = torch.randn(tokens, HEADS + 2 * KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+    tokens, heads, rotary = case
+    qkv = torch.randn(tokens, heads + 2 * KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16)
     norms = torch.randn(2, DIM, device="cuda", dtype=torch.bfloat16) * 0.1
-    inv_freq = 5e6 ** -(torch.arange(0, ROTARY, 2, device="cuda") / ROTARY)
+    inv_freq = 5e6 ** -(torch.arange(0, rotary, 2, device="cuda") / rotary)
     pages = -(-tokens // PAGE)
     caches = torch.zeros(2, pages, KV_HEADS, PAGE, DIM, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
     scales = torch.full((2,), 0.1, device="cuda")
     slots = torch.randperm(pages * PAGE, device="cuda")[:tokens]
     positions = torch.randint(0, 262144, (tokens,), device="cuda")
-    return (*qkv.split((HEADS, KV_HEADS, KV_HEADS), 1), *norms, 1e-5, inv_freq, positions, slots, *caches, *scales)
+    return (*qkv.split((heads, KV_HEADS, KV_HEADS), 1), *norms, 1e-5, inv_freq, positions, slots, *caches, *scales)
 
 
-def work(tokens: int) -> tuple[int, int]:
+def work(case: Case) -> tuple[int, int]:
     """Bytes that must move and matrix FLOP: q, k and v read, q written in bf16, k and v in a byte."""
-    return tokens * DIM * (2 * (2 * HEADS + 2 * KV_HEADS) + 2 * KV_HEADS), 0
+    return case.tokens * DIM * (2 * (2 * case.heads + 2 * KV_HEADS) + 2 * KV_HEADS), 0
 
 
 def contenders() -> dict:

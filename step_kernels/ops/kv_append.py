@@ -44,7 +44,10 @@ def _triton_refuses(q, k, v, q_norm, k_norm, *args):
 @define(
     check=_check,
     fake=_fake,
-    kernels=(Kernel("triton", lazy("triton.kv_append.launch"), package="triton", refuse=_triton_refuses),),
+    kernels=(
+        Kernel("cuda", lazy("cuda.kv_append.launch"), (90, 129), "cuda.bindings", lazy("cuda.kv_append.refuse")),
+        Kernel("triton", lazy("triton.kv_append.launch"), package="triton", refuse=_triton_refuses),
+    ),
     mutates=("k_cache", "v_cache"),
 )
 def kv_append(
