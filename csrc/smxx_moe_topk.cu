@@ -7,22 +7,11 @@
 //   key[1]        32       33          63
 //   ...                                       kItems rows; 9 hold Step's 288 experts exactly
 //
-// Each of top_k rounds takes the maximum over a lane's keys, then over the warp, and strikes the winner out.
 // Bytes: 4 * experts read and 8 * top_k written a token; the bias stays in L1.
 // Waiting: lanes meet in the warp reductions; no shared memory, no block barrier, no token waits on another.
-#include "common/warp.cuh"
+#include "common/moe_topk.cuh"
 
 constexpr int kWarpsPerBlock = 4;  // the launcher's TOKENS_PER_BLOCK
-constexpr unsigned kStruckOut = 0;  // below the key of every float, -inf included
-
-// expf and IEEE division, as torch computes it: equal bits are what make the ids equal.
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-// Unsigned integers in the order of the floats; NaN ranks with -inf, so the lower id decides between those two.
-__device__ inline unsigned sort_key(float x) {
-  unsigned bits = __float_as_uint(isnan(x) ? __uint_as_float(0xff800000u) : x);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
 
 template <int kItems>
 __device__ void moe_topk(const float* logits,  // [tokens, experts], rows row_stride apart
@@ -48,37 +37,10 @@ __device__ void moe_topk(const float* logits,  // [tokens, experts], rows row_st
     key[i] = expert < experts ? sort_key(sigmoid(logit[i]) + bias[expert]) : kStruckOut;
   }
 
-  int selected = 0;  // lane j keeps the winner of round j
-#pragma unroll 1
-  for (int round = 0; round < top_k; ++round) {
-    unsigned best = key[0];
-    int item = 0;
-#pragma unroll
-    for (int i = 1; i < kItems; ++i) {
-      if (key[i] > best) {  // strict: among equals the lower id stays
-        best = key[i];
-        item = i;
-      }
-    }
-    const unsigned top = __reduce_max_sync(kAllLanes, best);
-    const int expert = item * kWarpSize + lane;
-    const int winner = __reduce_min_sync(kAllLanes, best == top ? expert : 0x7fffffff);
-    if (lane == round) selected = winner;
-    if (expert == winner) {
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {  // compile-time indices keep key[] in registers
-        if (i == item) key[i] = kStruckOut;
-      }
-    }
-  }
-
-  const float score = lane < top_k ? sigmoid(logits[selected]) : 0.0f;
-  const float sum = warp_sum(score) + 1e-20f;
-  if (lane < top_k) {
-    const long long at = static_cast<long long>(token) * top_k + lane;
-    weights[at] = score / sum * scale;
-    ids[at] = selected;
-  }
+  const int chosen = choose(key, top_k);
+  const float score = lane < top_k ? sigmoid(logits[chosen]) : 0.0f;
+  const long long row = static_cast<long long>(token) * top_k;
+  store_choices(score, chosen, top_k, scale, weights + row, ids + row);
 }
 
 #define VARIANT(max_experts)                                                                                   \

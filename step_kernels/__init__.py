@@ -3,7 +3,10 @@
 from .nvfp4 import NVFP4Experts, NVFP4Weight
 from .ops import (
     add_rms_norm,
+    fp8_linear,
     kv_append,
+    linear,
+    moe_router,
     moe_topk,
     nvfp4_dequantize,
     nvfp4_linear,
@@ -27,7 +30,10 @@ __all__ = [
     "add_rms_norm",
     "explain",
     "force",
+    "fp8_linear",
     "kv_append",
+    "linear",
+    "moe_router",
     "moe_topk",
     "nvfp4_dequantize",
     "nvfp4_linear",

@@ -73,12 +73,15 @@ def sample_arguments(op: str, dtype: torch.dtype, prepared: bool = False) -> tup
     experts = (*weight(288, 2560, hidden, outer=(288, 2)), *weight(288, hidden, 1280, outer=(288,)))
     routing = of(tokens, 8, dtype=torch.float32), i32(tokens, 8)
     return {
+        "moe_router": (of(tokens, hidden), of(288, hidden, dtype=torch.float32), of(288, dtype=torch.float32), 8, 3.0),
         "moe_topk": (of(tokens, 288, dtype=torch.float32), of(288, dtype=torch.float32), 8, 3.0),
         "swiglu": (of(tokens, 2560), 7.0),
         "rms_norm": (of(tokens, hidden), of(hidden), 1e-5),
         "add_rms_norm": (of(tokens, hidden), of(tokens, hidden), of(hidden), 1e-5),
         "nvfp4_quantize": (of(tokens, hidden), scale),
         "nvfp4_dequantize": (*weight(hidden, hidden), dtype),
+        "linear": (of(tokens, hidden), of(8192, hidden)),
+        "fp8_linear": (of(tokens, hidden), of(8192, hidden, dtype=torch.float8_e4m3fn), of(8192, dtype=torch.float32)),
         "nvfp4_linear": (of(tokens, hidden), *weight(8192, hidden)),
         "nvfp4_moe": (of(tokens, hidden), *routing, *experts, 7.0),
         "kv_append": (q, kv, kv, *norm, frequencies, i32(tokens), i32(tokens), *cache),

@@ -75,9 +75,11 @@ def test_a_row_is_refused_by_capability_package_force_or_arguments_in_this_order
 def test_the_table_says_who_serves_and_why_the_others_do_not(installed, unforced):
     x = torch.zeros(2, 8)
     assert registry.table("swiglu", x).splitlines()[0] == "swiglu on CPU"
-    assert lines("swiglu", x) == {"triton": "needs a GPU, the tensors are on the CPU", "reference": "serves"}
+    without = "needs a GPU, the tensors are on the CPU"
+    assert lines("swiglu", x) == {"cuda": without, "triton": without, "reference": "serves"}
     assert registry.table("swiglu", capability=103).splitlines()[0] == "swiglu on sm_103"
     assert lines("swiglu", x, capability=90) == {
+        "cuda": "takes bfloat16, got float32",
         "triton": "serves",
         "reference": "would serve, but an earlier row does",
     }
@@ -86,7 +88,11 @@ def test_the_table_says_who_serves_and_why_the_others_do_not(installed, unforced
 
 def test_refusals_see_the_arguments_of_the_call(installed, unforced):
     doubles = lines("swiglu", torch.zeros(2, 8).double(), 7.0, capability=90)
-    assert doubles == {"triton": "takes bfloat16, float16 and float32, got float64", "reference": "serves"}
+    assert doubles == {
+        "cuda": "takes bfloat16, got float64",
+        "triton": "takes bfloat16, float16 and float32, got float64",
+        "reference": "serves",
+    }
     many = lines("moe_topk", torch.zeros(2, 5000), torch.zeros(5000), 8, 3.0, capability=90)
     assert "got 5000 and 8" in many["cuda"] and many["reference"] == "serves"
     assert lines("moe_topk", torch.zeros(2, 288), torch.zeros(288), 8, 3.0, capability=90)["cuda"] == "serves"
@@ -135,12 +141,12 @@ def test_force_nests_ends_with_its_block_and_leaves_the_cpu_alone(installed, unf
 
 @pytest.mark.parametrize(("backend", "verdict"), [("", "would serve"), ("nothing", "the backend is forced to nothing")])
 def test_the_environment_variable_forces_a_backend(backend, verdict):
-    code = "import step_kernels as sk; sk.explain('rms_norm', capability=90); sk.explain('swiglu', capability=90)"
+    code = "import step_kernels as sk; [sk.explain(f'nvfp4_{op}', capability=90) for op in ('quantize', 'dequantize')]"
     command = [sys.executable, "-c", code]
     out = subprocess.run(command, env=os.environ | {"STEP_KERNELS_BACKEND": backend}, capture_output=True, text=True)
     assert out.returncode == 0 and out.stdout.count("forced to nothing") == (4 if backend else 0), out.stderr
     if not backend:
-        assert "rms_norm on sm_90\n  triton       serves\n" in out.stdout
+        assert "nvfp4_quantize on sm_90\n  triton       serves\n" in out.stdout
 
 
 def test_tensors_on_two_devices_are_named_with_their_devices():

@@ -56,11 +56,24 @@ def test_the_sum_is_rounded_to_the_inputs_type_before_it_is_normed():
     assert torch.equal(total, x + residual) and torch.equal(out, sk.rms_norm(x + residual, weight, EPS))
 
 
+def test_three_terms_are_added_in_f32_and_rounded_once():
+    x, residual, other = torch.tensor([[256.0, 1.0]] + [[1.0, 0.0]] * 2).bfloat16()
+    total = sk.add_rms_norm(x, residual, torch.zeros(2), 0.0, other)[1]
+    assert total.tolist() == [258.0, 1.0]  # 256 + 1 is 256 in bf16, twice
+    x, residual, other = (random(5, 96, dtype=torch.bfloat16, seed=seed) for seed in range(3))
+    out, total = sk.add_rms_norm(x, residual, torch.zeros(96), EPS, other)
+    assert torch.equal(total, ((x.float() + residual.float()) + other.float()).bfloat16())
+    assert torch.equal(out, sk.rms_norm(total, torch.zeros(96), EPS))
+    double = torch.tensor([1.0]).double(), torch.tensor([2.0**-40]).double(), torch.zeros(1), 0.0
+    assert sk.add_rms_norm(*double, double[1])[1].item() == 1 + 2.0**-39
+
+
 def test_ops_keep_the_rules_of_torch_library():
     for x in (random(3, 10), torch.empty(0, 8), random(2, 6, 8)[:, ::2], random(4, 6).t(), random(7)):
         weight = random(x.shape[-1])
         torch.library.opcheck(OPS.rms_norm.default, (x, weight, EPS))
         torch.library.opcheck(OPS.add_rms_norm.default, (x, x.flip(0), weight, EPS))
+        torch.library.opcheck(OPS.add_rms_norm.default, (x, x.flip(0), weight, EPS, x + 1))
 
 
 def test_torch_compile_takes_the_ops_without_a_graph_break():
@@ -83,6 +96,14 @@ BAD = [
      torch.zeros(4), torch.zeros(4).bfloat16(), torch.zeros(4)),
     ("different devices.*meta", ValueError, sk.rms_norm, torch.zeros(2, 4), torch.zeros(4, device="meta")),
 ]  # fmt: skip
+
+
+def test_a_third_term_of_another_shape_or_type_is_named():
+    x, weight = torch.zeros(2, 4), torch.zeros(4)
+    with pytest.raises(ValueError, match=r"other: got shape \[4\], wanted \[2, 4\]"):
+        sk.add_rms_norm(x, x, weight, EPS, weight)
+    with pytest.raises(TypeError, match="other: got bfloat16, wanted float32"):
+        sk.add_rms_norm(x, x, weight, EPS, x.bfloat16())
 
 
 @pytest.mark.parametrize("case", BAD, ids=[c[0] for c in BAD])
@@ -131,9 +152,10 @@ def test_triton_kernel_errs_no_more_than_torch_does(shape, dtype):
     x, residual = random(*shape, dtype=dtype, device=DEVICE), random(*shape, dtype=dtype, device=DEVICE, seed=1)
     weight = random(shape[-1], dtype=dtype, device=DEVICE) * 0.2
     assert_close_to_reference(launch, sk.rms_norm.reference, x, weight, EPS)
-    out, total = launch_add(x, residual, weight, EPS)
-    assert torch.equal(total, x + residual)
-    assert torch.equal(out, launch(total, weight, EPS))
+    for terms in ((), (x.flip(-1),)):
+        out, total = launch_add(x, residual, weight, EPS, *terms)
+        assert torch.equal(total, sk.add_rms_norm.reference(x, residual, weight, EPS, *terms)[1])
+        assert torch.equal(out, launch(total, weight, EPS))
 
 
 @pytest.mark.parametrize("weight_type", DTYPES)
@@ -148,8 +170,8 @@ def test_triton_kernel_reads_any_strides():
         weight = random(2 * view.shape[-1], device=DEVICE)[::2]
         out = launch(view, weight, EPS)
         assert out.is_contiguous() and relative_error(out, sk.rms_norm.reference(view, weight, EPS)) < 2e-7
-        out, total = launch_add(view, view.flip(0), weight, EPS)
-        wanted, wanted_total = sk.add_rms_norm.reference(view, view.flip(0), weight, EPS)
+        out, total = launch_add(view, view.flip(0), weight, EPS, view)
+        wanted, wanted_total = sk.add_rms_norm.reference(view, view.flip(0), weight, EPS, view)
         assert out.is_contiguous() and total.is_contiguous() and torch.equal(total, wanted_total)
         assert relative_error(out, wanted) < 2e-7
 
@@ -178,9 +200,9 @@ def test_triton_kernel_writes_its_outputs_and_nothing_beside_them(n):
     x, weight = random(3, n, dtype=torch.bfloat16, device=DEVICE), random(n, device=DEVICE)
     out, total = torch.full((2, 5, n), -7.0, dtype=torch.bfloat16, device=DEVICE)
     block, together, warps = tile(n)
-    constants = {"ADD": True, "ROWS": together, "BLOCK": block, "num_warps": warps}
+    constants = {"TERMS": 2, "ROWS": together, "BLOCK": block, "num_warps": warps}
     grid = (-(-3 // together),)
-    _rms_norm_kernel[grid](x, x, weight, out[1:], total[1:], 3, n, n, n, EPS, **constants)
+    _rms_norm_kernel[grid](x, x, x, weight, out[1:], total[1:], 3, n, n, n, n, EPS, **constants)
     wanted, wanted_total = sk.add_rms_norm.reference(x, x, weight, EPS)
     assert torch.equal(total[1:4], wanted_total)
     torch.testing.assert_close(out[1:4], wanted, rtol=0.01, atol=1e-6)  # a bf16 ulp

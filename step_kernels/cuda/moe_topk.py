@@ -14,6 +14,12 @@ MAX_TOP_K = 32  # lane j writes the j-th choice
 TOKENS_PER_BLOCK = 4  # a warp each; the kernel's kWarpsPerBlock
 
 
+def refuse(experts: int, top_k: int) -> str | None:
+    """Why the kernel does not take so many, or None."""
+    if experts > MAX_EXPERTS or top_k > MAX_TOP_K:
+        return f"takes at most {MAX_EXPERTS} experts and top {MAX_TOP_K}, got {experts} and {top_k}"
+
+
 def launch(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor]:
     """f32 [tokens, experts], f32 [experts] -> weights f32 [tokens, top_k], ids i32 [tokens, top_k]."""
     tokens, experts = logits.shape

@@ -1,6 +1,8 @@
 """One file an op: what it computes, what it accepts, and which kernels serve it."""
 
 from .kv_append import kv_append
+from .linear import fp8_linear, linear
+from .moe_router import moe_router
 from .moe_topk import moe_topk
 from .nvfp4_linear import nvfp4_linear
 from .nvfp4_moe import nvfp4_moe
@@ -12,7 +14,10 @@ from .swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",
+    "fp8_linear",
     "kv_append",
+    "linear",
+    "moe_router",
     "moe_topk",
     "nvfp4_dequantize",
     "nvfp4_linear",

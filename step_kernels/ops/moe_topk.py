@@ -21,10 +21,9 @@ def _fake(logits, bias, top_k, scale):
 
 
 def _cuda_refuses(logits, bias, top_k, scale):
-    from ..cuda.moe_topk import MAX_EXPERTS, MAX_TOP_K
+    from ..cuda.moe_topk import refuse
 
-    if logits.shape[1] > MAX_EXPERTS or top_k > MAX_TOP_K:
-        return f"takes at most {MAX_EXPERTS} experts and top {MAX_TOP_K}, got {logits.shape[1]} and {top_k}"
+    return refuse(logits.shape[1], top_k)
 
 
 def _triton_refuses(logits, bias, top_k, scale):

@@ -1,4 +1,4 @@
-"""Step's RMS norm, alone and behind the residual addition that precedes it in every layer."""
+"""Step's RMS norm, alone and behind the additions that precede it in every layer."""
 
 from __future__ import annotations
 
@@ -14,17 +14,29 @@ def _check(x, weight, eps):
     expect("weight", weight, (x.shape[-1],), FLOATS)
 
 
-def _check_add(x, residual, weight, eps):
+def _check_add(x, residual, weight, eps, other=None):
     _check(x, weight, eps)
     expect("residual", residual, tuple(x.shape), x.dtype)
+    if other is not None:
+        expect("other", other, tuple(x.shape), x.dtype)
 
 
 def _fake(x, weight, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_add(x, residual, weight, eps):
+def _fake_add(x, residual, weight, eps, other=None):
     return _fake(x, weight, eps), _fake(x, weight, eps)
+
+
+def _cuda_refuses(x, weight, eps):
+    from ..cuda.rms_norm import refuse
+
+    return refuse(x, weight)
+
+
+def _cuda_add_refuses(x, residual, weight, eps, other=None):
+    return _cuda_refuses(x, weight, eps)
 
 
 def _triton_refuses(x, weight, eps):
@@ -37,14 +49,17 @@ def _triton_refuses(x, weight, eps):
         return f"takes rows of at most {MAX_N}, got {x.shape[-1]}"
 
 
-def _triton_add_refuses(x, residual, weight, eps):
+def _triton_add_refuses(x, residual, weight, eps, other=None):
     return _triton_refuses(x, weight, eps)
 
 
 @define(
     check=_check,
     fake=_fake,
-    kernels=(Kernel("triton", lazy("triton.rms_norm.launch"), package="triton", refuse=_triton_refuses),),
+    kernels=(
+        Kernel("cuda", lazy("cuda.rms_norm.launch"), (90, 129), "cuda.bindings", _cuda_refuses),
+        Kernel("triton", lazy("triton.rms_norm.launch"), package="triton", refuse=_triton_refuses),
+    ),
 )
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., n], [n] -> like x: x / rms(x) * (1 + weight), in f32 (f64 for a float64 x), rounded once.
@@ -57,14 +72,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @define(
     check=_check_add,
     fake=_fake_add,
-    kernels=(Kernel("triton", lazy("triton.rms_norm.launch_add"), package="triton", refuse=_triton_add_refuses),),
+    kernels=(
+        Kernel("cuda", lazy("cuda.rms_norm.launch_add"), (90, 129), "cuda.bindings", _cuda_add_refuses),
+        Kernel("triton", lazy("triton.rms_norm.launch_add"), package="triton", refuse=_triton_add_refuses),
+    ),
 )
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x and residual [..., n], weight [n] -> (rms_norm(total, weight, eps), total), total = x + residual in x's dtype.
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x, residual and maybe other [..., n], weight [n] -> (rms_norm(total, weight, eps), total).
 
-    The total is rounded before it is normed: what the next layer adds to is what this one read.
+    total = (x + residual) + other, added in f32 (f64 for a float64 x), rounded once to x's dtype and before it is
+    normed: what the next layer adds to is what this one read.
     """
-    total = (x + residual).contiguous()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = x.to(wide) + residual.to(wide)
+    total = (total if other is None else total + other.to(wide)).to(x.dtype).contiguous()
     return normalized(total, weight, eps).to(x.dtype), total
 
 

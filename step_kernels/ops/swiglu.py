@@ -23,6 +23,12 @@ def _fake(gate_up, limit=None):
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
+def _cuda_refuses(gate_up, limit=None):
+    from ..cuda.swiglu import refuse
+
+    return refuse(gate_up, limit)
+
+
 def _triton_refuses(gate_up, limit=None):
     if gate_up.dtype == torch.float64:
         return "takes bfloat16, float16 and float32, got float64"
@@ -31,7 +37,10 @@ def _triton_refuses(gate_up, limit=None):
 @define(
     check=_check,
     fake=_fake,
-    kernels=(Kernel("triton", lazy("triton.swiglu.launch"), package="triton", refuse=_triton_refuses),),
+    kernels=(
+        Kernel("cuda", lazy("cuda.swiglu.launch"), (90, 129), "cuda.bindings", _cuda_refuses),
+        Kernel("triton", lazy("triton.swiglu.launch"), package="triton", refuse=_triton_refuses),
+    ),
 )
 def swiglu(gate_up: Tensor, limit: float | None = None) -> Tensor:
     """[..., 2n] -> [..., n], gate first. The clamp comes after silu: above only on gate, both sides on up.

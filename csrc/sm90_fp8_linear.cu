@@ -1,0 +1,223 @@
+// out = scale * (x W^T) for e4m3 weights [n, k] with an f32 scale a row and up to 64 bf16 rows of x.
+//
+// Bytes: 1 a weight, once, and x's bf16 from L2 with them: 1/8 of their bytes for 4 tokens, 1/4 for 16, 2/3 for 64.
+// The tensor cores read codes and x from shared memory. x is split first, by a warpgroup of its own: x = 2^e (hi +
+// lo), hi in e4m3, lo in e5m2, e of the largest of a unit's k. bf16 has 8 significant bits, hi takes 4 and lo the
+// rest: exact down to 2^-13 of that largest, with an error of at most 2^-21 of it below. A hi + A lo stay in the
+// tensor core, whose sums keep some 13 bits, for 128 k; then they go, times 2^e, to f32: an error of 3.5e-4 by a
+// model. With up to four tokens hi and 16 lo, in e4m3, are columns of one product.
+#include "common/linear_sm90.cuh"
+
+template <int kTokens_>
+struct Tile {
+  static constexpr int kTokens = kTokens_;
+  static constexpr bool kJoined = kTokens == 4;  // columns: hi of four tokens, then lo
+  static constexpr int kColumns = kJoined ? 8 : kTokens;
+  static constexpr int kGroups = kTokens <= 8 ? 1 : kTokens == 64 ? 3 : 2;  // warpgroups of 64 rows
+  static constexpr int kRows = 64 * kGroups;
+  static constexpr int kBoxes = kGroups == 1 ? 2 : 1;  // of a unit, 128 k each
+  static constexpr int kUnitK = 128 * kBoxes;
+  static constexpr int kMath = kGroups * kWarpgroup, kConverters = kWarpgroup;
+  static constexpr int kFetcher = kMath + kConverters, kThreads = kFetcher + 32;
+  static constexpr bool kScaled = true;
+  static constexpr int kWeightBox = kRows * 128, kHalf = kTokens * 128;  // bytes of 128 k; kHalf: hi, and as many lo
+  static constexpr int kX = kBoxes * kWeightBox;                         // where x begins in a stage
+  static constexpr int kUnitBytes = kX + kBoxes * 2 * kHalf;             // as bf16 x takes no less
+  static constexpr int kStages = kTokens == 4 ? 6 : kTokens == 32 ? 4 : 5;
+  static constexpr int kBlocks = kTokens == 64 ? 1 : 2;  // on a multiprocessor: this kernel's and the next one's
+  static constexpr int kAtOnce = kTokens <= 16 ? 4 : 1;
+  static constexpr int kBytes = 1024 + kStages * (kUnitBytes + 24 + 4 * kTokens);
+  static_assert(kBytes <= (kBlocks == 1 ? 227 : 113) * 1024);
+
+  static __device__ void copy_weights(const Maps& maps, u32 stage, int row, int unit, u32 barrier) {
+#pragma unroll
+    for (int i = 0; i < kBoxes; ++i)
+      copy_box(stage + i * kWeightBox, &maps.weight, (unit * kBoxes + i) * 128, row * kRows, barrier);
+  }
+  static __device__ void copy_x(const Maps& maps, u32 stage, int unit, u32 barrier) {
+    copy_box(stage + kX, &maps.x, unit * kUnitK, 0, barrier);  // [kTokens, kUnitK], not swizzled
+  }
+};
+
+__device__ inline void store_shared_2(u32 to, u32 a, u32 b) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
+}
+__device__ inline void store_factor(u32 to, float factor) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(factor) : "memory");
+}
+__device__ inline float2 load_factors(u32 from) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
+  return v;
+}
+
+// Eight neighbours of a token as hi and lo; e is the largest bf16 exponent of its unit.
+struct Halves {
+  u32 hi[2], lo[2];
+};
+template <bool kJoined>
+__device__ inline Halves split(const uint4& x, int e) {
+  const u32 words[4] = {x.x, x.y, x.z, x.w};
+  const float up = __uint_as_float((261 - e) << 23);  // 2^(134 - e): the largest value lands in [2^7, 2^8)
+  Halves halves{{0, 0}, {0, 0}};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float u = __uint_as_float(words[i] << 16) * up, v = __uint_as_float(words[i] & 0xFFFF0000u) * up;
+    const u32 pair = pair_e4m3(u, v);
+    float u_hi, v_hi;
+    from_pair_e4m3(pair, u_hi, v_hi);
+    halves.hi[i / 2] |= pair << (i % 2 * 16);
+    const u32 rest = kJoined ? pair_e4m3(16.0f * (u - u_hi), 16.0f * (v - v_hi)) : pair_e5m2(u - u_hi, v - v_hi);
+    halves.lo[i / 2] |= rest << (i % 2 * 16);
+  }
+  if (e == 255) halves.hi[0] = halves.hi[1] = 0x7F7F7F7Fu;  // infinity or NaN somewhere: the token's result is NaN
+  return halves;
+}
+
+// The converters' work: x of each stage from bf16 [kTokens, kUnitK] to [kBoxes] x {hi, lo} of [kTokens, 128], swizzled,
+// in the same place, and a factor 2^e a token.
+template <class T>
+__device__ inline void convert_all(const Ring<T>& ring, int units, int m) {
+  constexpr int kLanes = T::kUnitK / 8, kTogether = 32 / kLanes;  // of a token; tokens of a warp at a time
+  constexpr int kWarps = T::kConverters / 32, kPasses = T::kTokens / (kTogether * kWarps);
+  const int warp = threadIdx.x % T::kConverters / 32, lane = threadIdx.x % 32, eighth = lane % kLanes;
+  const int token0 = warp * kTogether + lane / kLanes;
+  const u32 to0 = eighth / 16 * 2 * T::kHalf + eighth % 16 / 2 * 16, to8 = eighth % 2 * 8;
+  int stage = 0;
+  u32 parity = 0;
+  for (int i = 0; i < units; ++i) {
+    wait_for_copies(ring.filled + 8 * stage, parity);
+    const u32 x = ring.stages + stage * T::kUnitBytes + T::kX;
+    uint4 raw[kPasses];
+#pragma unroll
+    for (int p = 0; p < kPasses; ++p)
+      raw[p] = load_shared_4<0>(x + (token0 + p * kWarps * kTogether) * T::kUnitK * 2 + eighth * 16);
+    meet_group(0);  // all have read
+#pragma unroll
+    for (int p = 0; p < kPasses; ++p) {
+      const int token = token0 + p * kWarps * kTogether;
+      if (p * kWarps * kTogether + (warp * kTogether & ~1) >= m) continue;  // the same for the warp, in pairs
+      const u32 words[4] = {raw[p].x, raw[p].y, raw[p].z, raw[p].w};
+      u32 largest = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) largest = max(largest, max(words[j] & 0x7FFFu, words[j] >> 16 & 0x7FFFu));
+#pragma unroll
+      for (int step = kLanes / 2; step > 0; step /= 2)
+        largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, step));
+      const int e = max(static_cast<int>(largest >> 7), 8);
+      const Halves halves = split<T::kJoined>(raw[p], e);
+      const u32 hi = x + token * 128 + (to0 ^ (token & 7) << 4) + to8;
+      const u32 lo = T::kJoined ? (hi ^ 4 << 4) + T::kHalf : hi + T::kHalf;  // joined, the row of lo is token + 4
+      store_shared_2(hi, halves.hi[0], halves.hi[1]);
+      store_shared_2(lo, halves.lo[0], halves.lo[1]);
+      if (eighth == 0) store_factor(ring.factors + (stage * T::kTokens + token) * 4, __uint_as_float((e - 7) << 23));
+    }
+    show_to_engines();
+    __syncwarp();
+    if (lane == 0) arrive(ring.ready + 8 * stage);
+    if (++stage == T::kStages) stage = 0, parity ^= 1;
+  }
+}
+
+// d = or += 64 rows x 32 k of weights times 32 k x kColumns of hi or lo.
+#define WGMMA(tokens, type, add, list, a, b, ...)                                                            \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " #add ", 0; wgmma.mma_async.sync.aligned.m64n" #tokens       \
+               "k32.f32.e4m3." type " {" list "}, %" #a ", %" #b ", p, 1, 1; }" : __VA_ARGS__ : "l"(weights), "l"(x))
+#define FOR_COLUMNS(type, add)                                                              \
+  if constexpr (kColumns == 8) WGMMA(8, type, add, "%0,%1,%2,%3", 4, 5, R4(0));              \
+  else if constexpr (kColumns == 16) WGMMA(16, type, add, D8, 8, 9, R4(0), R4(4));           \
+  else if constexpr (kColumns == 32) WGMMA(32, type, add, D16, 16, 17, R16(0));              \
+  else WGMMA(64, type, add, D32, 32, 33, R16(0), R16(16))
+template <int kColumns, bool kFirst>
+__device__ inline void multiply_hi(float (&d)[kColumns / 2], u64 weights, u64 x) {
+  if constexpr (kFirst) {
+    FOR_COLUMNS("e4m3", 0);
+  } else {
+    FOR_COLUMNS("e4m3", 1);
+  }
+}
+template <int kColumns>
+__device__ inline void multiply_lo(float (&d)[kColumns / 2], u64 weights, u64 x) {
+  FOR_COLUMNS("e5m2", 1);
+}
+
+template <class T>
+__device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_all) {
+  const Line line = Line::of<T>(problem);
+  const Ring<T> ring(s_all);
+  if (threadIdx.x == T::kFetcher) fetch_ahead<T>(maps, ring, line);
+  __syncthreads();
+  wait_for_previous_kernel();  // every thread: parts are read and written by all
+  if (threadIdx.x >= T::kMath) {
+    if (threadIdx.x < T::kFetcher) convert_all<T>(ring, line.end - line.begin, problem.m);
+    if (threadIdx.x == T::kFetcher) fetch_rest<T>(maps, ring, line);
+    return;
+  }
+
+  const int group = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / kWarpgroup), 0);
+  int stage = 0;
+  u32 parity = 0;
+  for (int at = line.begin; at < line.end;) {
+    const int row = at / line.units, stop = min(line.end, (row + 1) * line.units);
+    float total[T::kColumns / 2];
+#pragma unroll
+    for (int i = 0; i < T::kColumns / 2; ++i) total[i] = 0.0f;
+    for (; at < stop; ++at) {
+      wait_for_copies(ring.filled + 8 * stage, parity);
+      wait_for_copies(ring.ready + 8 * stage, parity);
+      // The shuffle tells ptxas that a warp's is one: descriptors stay in uniform registers, half the instructions.
+      const u32 from = __shfl_sync(0xFFFFFFFFu, ring.stages + stage * T::kUnitBytes, 0);
+      const u64 weights = tile_descriptor(from + group * 64 * 128), x = tile_descriptor(from + T::kX);
+      float d[T::kBoxes][T::kColumns / 2];
+      begin_products();
+#pragma unroll
+      for (int i = 0; i < T::kBoxes; ++i) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const u64 a = weights + (i * T::kWeightBox + k * 32 >> 4), b = x + (i * 2 * T::kHalf + k * 32 >> 4);
+          if (k == 0) multiply_hi<T::kColumns, true>(d[i], a, b);
+          else multiply_hi<T::kColumns, false>(d[i], a, b);
+          if (!T::kJoined) multiply_lo<T::kColumns>(d[i], a, b + (T::kHalf >> 4));
+        }
+        commit_products();
+      }
+      const u32 factors = ring.factors + (stage * T::kTokens + threadIdx.x % 4 * 2 % T::kTokens) * 4;
+#pragma unroll
+      for (int i = 0; i < T::kBoxes; ++i) {
+        if (i == T::kBoxes - 1) wait_for_products<0>();
+        else wait_for_products<1>();
+        settle(d[i]);
+#pragma unroll
+        for (int j = 0; j < T::kColumns / 2; j += 4) {
+          const float2 factor = load_factors(factors + j * 8);
+          total[j] = fmaf(d[i][j], factor.x, total[j]);
+          total[j + 1] = fmaf(d[i][j + 1], factor.y, total[j + 1]);
+          total[j + 2] = fmaf(d[i][j + 2], factor.x, total[j + 2]);
+          total[j + 3] = fmaf(d[i][j + 3], factor.y, total[j + 3]);
+        }
+      }
+      __syncwarp();  // all lanes have their factors
+      if (threadIdx.x % 32 == 0) arrive(ring.used + 8 * stage);
+      if (++stage == T::kStages) stage = 0, parity ^= 1;
+    }
+    if (T::kJoined) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i] += 0.0625f * __shfl_xor_sync(0xFFFFFFFFu, total[i], 2);
+    }
+    finish<T>(total, problem, line, row);
+  }
+}
+
+#define VARIANT(tokens)                                                                                               \
+  extern "C" __global__ void __launch_bounds__(Tile<tokens>::kThreads, Tile<tokens>::kBlocks)                         \
+      sm90_fp8_linear_t##tokens(const float* scale, void* out, float4* partial, int m, int n, int units, int wide,    \
+                                const __grid_constant__ Maps maps) {                                                  \
+    extern __shared__ u8 s_all[];                                                                                     \
+    linear<Tile<tokens>>(maps, Problem{m, n, units, wide != 0, out, partial, scale}, s_all);                          \
+  }
+
+VARIANT(4)
+VARIANT(8)
+VARIANT(16)
+VARIANT(32)
+VARIANT(64)

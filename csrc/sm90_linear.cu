@@ -1,0 +1,103 @@
+// out = x W^T for a bf16 weight [n, k] as checkpoints store it and up to 64 bf16 rows of x, at the speed of the memory.
+//
+// Bytes: 2 a weight, once. x comes from L2 with the weights: 1/8 of their bytes for up to 16 tokens, 1/2 for 64.
+// The tensor cores read both from shared memory, so no instruction touches a weight: they are busy a fifth of the time.
+#include "common/linear_sm90.cuh"
+
+template <int kTokens_>
+struct Tile {
+  static constexpr int kTokens = kTokens_, kColumns = kTokens;
+  static constexpr int kGroups = kTokens == 8 ? 1 : 2;  // warpgroups of 64 rows that share the tokens
+  static constexpr int kRows = 64 * kGroups;
+  static constexpr int kBoxes = 2 / kGroups;  // of a unit, 64 k each
+  static constexpr int kMath = kGroups * kWarpgroup, kConverters = 0, kFetcher = kMath, kThreads = kMath + 32;
+  static constexpr bool kScaled = false;
+  static constexpr int kWeightBox = kRows * 128, kBox = kTokens * 128;
+  static constexpr int kUnitBytes = kBoxes * (kWeightBox + kBox);
+  static constexpr int kStages = kTokens <= 16 ? 6 : kTokens == 32 ? 5 : 4;
+  static constexpr int kAtOnce = kTokens <= 16 ? 4 : kTokens == 32 ? 2 : 1;
+  static constexpr int kBytes = 1024 + kStages * (kUnitBytes + 16);
+  static_assert(kBytes <= 113 * 1024);  // two on a multiprocessor: this kernel's and the next one's
+
+  static __device__ void copy_weights(const Maps& maps, u32 stage, int row, int unit, u32 barrier) {
+#pragma unroll
+    for (int i = 0; i < kBoxes; ++i)
+      copy_box(stage + i * kWeightBox, &maps.weight, (unit * kBoxes + i) * 64, row * kRows, barrier);
+  }
+  static __device__ void copy_x(const Maps& maps, u32 stage, int unit, u32 barrier) {
+#pragma unroll
+    for (int i = 0; i < kBoxes; ++i)
+      copy_box(stage + kBoxes * kWeightBox + i * kBox, &maps.x, (unit * kBoxes + i) * 64, 0, barrier);
+  }
+};
+
+// d += 64 rows x 16 k of weights times 16 k x kTokens of x.
+#define WGMMA(tokens, list, a, b, ...)                                                                   \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32.bf16.bf16 {" list "}, %" #a ", %" #b \
+               ", 1, 1, 1, 0, 0;" : __VA_ARGS__ : "l"(weights), "l"(x))
+template <int kTokens>
+__device__ inline void multiply(float (&d)[kTokens / 2], u64 weights, u64 x) {
+  if constexpr (kTokens == 8) WGMMA(8, "%0,%1,%2,%3", 4, 5, R4(0));
+  else if constexpr (kTokens == 16) WGMMA(16, D8, 8, 9, R4(0), R4(4));
+  else if constexpr (kTokens == 32) WGMMA(32, D16, 16, 17, R16(0));
+  else WGMMA(64, D32, 32, 33, R16(0), R16(16));
+}
+
+template <class T>
+__device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_all) {
+  const Line line = Line::of<T>(problem);
+  const Ring<T> ring(s_all);
+  if (threadIdx.x == T::kFetcher) fetch_ahead<T>(maps, ring, line);
+  __syncthreads();
+  wait_for_previous_kernel();  // every thread: parts are read and written by all
+  if (threadIdx.x >= T::kMath) {
+    if (threadIdx.x == T::kFetcher) fetch_rest<T>(maps, ring, line);
+    return;
+  }
+
+  const int group = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / kWarpgroup), 0);
+  int stage = 0;
+  u32 parity = 0;
+  for (int at = line.begin; at < line.end;) {
+    const int row = at / line.units, stop = min(line.end, (row + 1) * line.units);
+    float d[T::kTokens / 2];
+#pragma unroll
+    for (int i = 0; i < T::kTokens / 2; ++i) d[i] = 0.0f;
+    int before = -1;  // the stage whose products may still be in flight
+    for (; at < stop; ++at) {
+      wait_for_copies(ring.filled + 8 * stage, parity);
+      // The shuffle tells ptxas that a warp's is one: descriptors stay in uniform registers, half the instructions.
+      const u32 from = __shfl_sync(0xFFFFFFFFu, ring.stages + stage * T::kUnitBytes, 0);
+      const u64 weights = tile_descriptor(from + group * 64 * 128);
+      const u64 x = tile_descriptor(from + T::kBoxes * T::kWeightBox);
+      begin_products();
+#pragma unroll
+      for (int i = 0; i < T::kBoxes; ++i)
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          multiply<T::kTokens>(d, weights + (i * T::kWeightBox + k * 32 >> 4), x + (i * T::kBox + k * 32 >> 4));
+      commit_products();
+      wait_for_products<1>();
+      if (before >= 0 && threadIdx.x % 32 == 0) arrive(ring.used + 8 * before);
+      before = stage;
+      if (++stage == T::kStages) stage = 0, parity ^= 1;
+    }
+    wait_for_products<0>();
+    settle(d);
+    if (threadIdx.x % 32 == 0) arrive(ring.used + 8 * before);
+    finish<T>(d, problem, line, row);
+  }
+}
+
+#define VARIANT(tokens)                                                                                               \
+  extern "C" __global__ void __launch_bounds__(Tile<tokens>::kThreads, 2)                                             \
+      sm90_linear_t##tokens(void* out, float4* partial, int m, int n, int units, int wide,                            \
+                            const __grid_constant__ Maps maps) {                                                      \
+    extern __shared__ u8 s_all[];                                                                                     \
+    linear<Tile<tokens>>(maps, Problem{m, n, units, wide != 0, out, partial, nullptr}, s_all);                        \
+  }
+
+VARIANT(8)
+VARIANT(16)
+VARIANT(32)
+VARIANT(64)

@@ -1,0 +1,164 @@
+"""x times a bf16 or e4m3 weight for up to 64 tokens: csrc/sm90_linear.cu, csrc/sm90_fp8_linear.cu."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .driver import Kernel
+
+MOST_TOKENS = 64
+MOST_SUMS = 64 * 192  # that a block may leave to another
+_PARAMETERS = "PPiiii" + 32 * "q"  # the tensor maps are one parameter, of which the driver takes the first q's address
+_ABSENT = -1  # no sum has these bits
+_SPARE = 2  # sets of parts kept for streams that first compute while they are captured
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel for up to `tokens`; a block takes units of rows x unit_k and has `stages` of them in flight."""
+
+    tokens: int
+    rows: int
+    unit_k: int
+    stages: int
+    fp8: bool = False
+
+    @functools.cached_property
+    def kernel(self) -> Kernel:
+        source = "sm90_fp8_linear" if self.fp8 else "sm90_linear"
+        parameters = "P" * self.fp8 + _PARAMETERS
+        return Kernel(source, f"{source}_t{self.tokens}", parameters, self.shared_bytes, dependent=True)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Alignment, and of each stage weights, x as bf16, barriers, for FP8 factors of x."""
+        weight, more = (self.rows, 24 + 4 * self.tokens) if self.fp8 else (2 * self.rows, 16)
+        return 1024 + self.stages * (self.unit_k * (weight + 2 * self.tokens) + more)
+
+    @property
+    def threads(self) -> int:
+        """Two a row multiply, a warp fetches, a warpgroup splits x for FP8."""
+        return 2 * self.rows + 32 + 128 * self.fp8
+
+
+BF16 = (Variant(8, 64, 128, 6), Variant(16, 128, 64, 6), Variant(32, 128, 64, 5), Variant(64, 128, 64, 4))
+FP8 = (
+    Variant(4, 64, 256, 6, True), Variant(8, 64, 256, 5, True), Variant(16, 128, 128, 5, True),
+    Variant(32, 128, 128, 4, True), Variant(64, 192, 128, 5, True),
+)  # fmt: skip
+
+
+def refuse(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> str | None:
+    """Why the kernel does not take linear's arguments, or None."""
+    if x.dtype != torch.bfloat16 or out_dtype not in (None, torch.bfloat16, torch.float32):
+        return f"takes bfloat16 to bfloat16 or float32, got {_name(x.dtype)} to {_name(out_dtype or x.dtype)}"
+    if x.numel() > MOST_TOKENS * x.shape[-1]:
+        return f"takes at most {MOST_TOKENS} tokens, got {x.numel() // x.shape[-1]}"
+    if weight.shape[1] * weight.itemsize % 16 or not _copyable(weight):
+        return f"takes rows at multiples of 16 bytes, got k = {x.shape[-1]}, weight strides {list(weight.stride())}"
+
+
+def refuse_fp8(x: Tensor, codes: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> str | None:
+    """Why the kernel does not take fp8_linear's arguments, or None."""
+    return refuse(x, codes, out_dtype)
+
+
+def launch(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """bf16 [..., k] of up to 64 rows, bf16 [n, k] -> bf16 or f32 [..., n]; k a multiple of 8."""
+    return _launch(BF16, x, weight, (), out_dtype)
+
+
+def launch_fp8(x: Tensor, codes: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """bf16 [..., k] of up to 64 rows, e4m3 [n, k], f32 [n] -> bf16 or f32 [..., n]; k a multiple of 16."""
+    return _launch(FP8, x, codes, (scale.contiguous(),), out_dtype)
+
+
+def _launch(variants, x, weight, scale, out_dtype) -> Tensor:
+    n, k = weight.shape
+    out = x.new_empty(*x.shape[:-1], n, dtype=out_dtype or x.dtype)
+    if out.numel() == 0 or k == 0:
+        return out.zero_()
+    x = x.reshape(-1, k)
+    x = x if _copyable(x) else x.clone(memory_format=torch.contiguous_format)
+    variant = next(v for v in variants if v.tokens >= len(x))
+    units = -(-k // variant.unit_k)  # of a row of them
+    blocks = min(multiprocessors(x.device.index), -(-n // variant.rows) * units)
+    x_box = variant.unit_k if variant.fp8 else 64  # x to be split is not swizzled
+    maps = (
+        *tensor_map(*_layout(weight), 128 // weight.itemsize, variant.rows, True),
+        *tensor_map(*_layout(x), x_box, variant.tokens, not variant.fp8),
+    )
+    shape = (len(x), n, units, int(out.dtype == torch.float32))
+    variant.kernel.launch((blocks, 1, 1), variant.threads, *scale, out, parts(x.device), *shape, *maps)
+    return out
+
+
+def parts(device: torch.device) -> Tensor:
+    """i32 [multiprocessors, MOST_SUMS] of this stream's own, absent; a kernel that keeps sums there leaves it so."""
+    taken, spare = _pool(device.index)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    new = stream not in taken
+    if (new or len(spare) < _SPARE) and not torch.cuda.is_current_stream_capturing():
+        shape = (multiprocessors(device.index), MOST_SUMS)
+        while len(spare) < _SPARE + new:
+            spare.append(torch.full(shape, _ABSENT, dtype=torch.int32, device=device))
+        torch.cuda.synchronize(device)  # whichever stream takes them
+    if new:
+        if not spare:
+            raise RuntimeError("linear: call it on this GPU outside of captures before capturing on another new stream")
+        taken[stream] = spare.pop()
+    return taken[stream]
+
+
+@functools.cache
+def _pool(device: int) -> tuple[dict[int, Tensor], list[Tensor]]:
+    return {}, []
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _copyable(x: Tensor) -> bool:
+    """Whether the copy engine can go through x [m, k]: rows without overlap, each at a multiple of 16 bytes."""
+    apart = x.stride(0) >= x.shape[1] and x.stride(0) * x.itemsize % 16 == 0
+    return x.stride(1) == 1 and apart and x.data_ptr() % 16 == 0
+
+
+def _layout(x: Tensor) -> tuple[int, int, int, int, int]:
+    return x.data_ptr(), *x.shape, x.stride(0) * x.itemsize, x.itemsize
+
+
+@functools.lru_cache(4096)
+def tensor_map(
+    address: int, rows: int, columns: int, stride: int, itemsize: int, box_columns: int, box_rows: int, swizzled: bool
+) -> tuple[int, ...]:
+    """How the copy engine goes through [rows, columns] of bf16 or bytes, `stride` bytes a row: zeros outside."""
+    buffer = (ctypes.c_uint64 * 24)()
+    at = -(-ctypes.addressof(buffer) // 64) * 64  # the driver takes maps at multiples of 64 bytes alone
+    sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(stride)
+    box, steps = (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1)
+    dtype, swizzle = {1: 0, 2: 9}[itemsize], 3 if swizzled else 0  # values of cuda.h's enums: by 128 bytes
+    plain, promote_256, zeros = 0, 3, 0
+    error = _libcuda().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(at), dtype, 2, ctypes.c_void_p(address), sizes, strides, box, steps, plain, swizzle,
+        promote_256, zeros,
+    )  # fmt: skip
+    if error:
+        raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for [{rows}, {columns}] x {itemsize} bytes")
+    return tuple((ctypes.c_int64 * 16).from_address(at))
+
+
+@functools.cache
+def _libcuda():
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
