@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import resource
 import sys
 import time
@@ -11,7 +12,8 @@ from pathlib import Path
 import torch
 
 from .cli import Parser, close_quietly
-from .model import CheckpointError, Step3p7
+from .model import CheckpointError, Step3p7, StepConfig
+from .model.checkpoint import Checkpoint
 
 BUNDLED = Path(__file__).parent / "model" / "bundled"
 
@@ -30,6 +32,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="at most (default: %(default)s)")
     parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top-p", type=_share, default=1.0, metavar="P", help="sample from this much probability mass")
+    parser.add_argument(
+        "--top-k", type=_kept, default=0, metavar="K", help="sample from the K best tokens; 0: from all"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (default: %(default)s)")
     parser.add_argument("--mtp", action="store_true", help="draft ahead with the MTP layers; the output stays the same")
     parser.add_argument("--kv-cache", choices=("fp8", "model"), default="fp8",
@@ -37,6 +42,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default here: %(default)s")  # fmt: skip
     parser.add_argument("--stats", action="store_true", help="print speed, memory and kept drafts at the end")
+    parser.add_argument("--plan", action="store_true",
+                        help="print what weights, cache and workspace take of memory, and load nothing")  # fmt: skip
+    parser.add_argument("--context", type=_count, metavar="N",
+                        help="with --plan: tokens a request may have (default: all that the model takes)")  # fmt: skip
+    parser.add_argument("--requests", type=_count, default=1, metavar="N",
+                        help="with --plan: requests at a time (default: %(default)s)")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -55,6 +66,7 @@ def _number(kind, low, high, wanted):
 
 _count = _number(int, 1, sys.maxsize, "a positive integer")
 _temperature = _number(float, 0, 1e9, "a number from 0 up")
+_kept = _number(int, 0, 1024, "0 (all) to 1024")
 _share = _number(float, 1e-9, 1, "a number above 0, at most 1")
 
 
@@ -87,11 +99,13 @@ def run(args: argparse.Namespace) -> None:
 
     folder = BUNDLED if args.checkpoint == "bundled" else Path(args.checkpoint)
     dtype = torch.float32 if args.device.type == "cpu" else torch.bfloat16
-    model = Step3p7.from_pretrained(folder, args.device, dtype, progress=True)
-    if args.image and model.vision is None:
+    if args.plan:
+        return _print_plan(folder, args)
+    config = StepConfig.from_dict(Checkpoint(folder).config, str(folder / "config.json"))
+    if args.image and config.vision is None:
         raise ValueError(f"--image: {folder} has no vision encoder")
     pictures = [BUNDLED / "picture.png" if image == "bundled" else image for image in args.image]
-    chat, views = Chat(folder, model.config), [prepare(picture, model.config.vision) for picture in pictures]
+    chat, views = Chat(folder, config), [prepare(picture, config.vision) for picture in pictures]
     images = {}
     if views:
         crops = torch.cat([v.crops for v in views])
@@ -100,12 +114,15 @@ def run(args: argparse.Namespace) -> None:
             "patch_pixel_values": crops if len(crops) else None,
             "num_patches": [len(v.crops) for v in views],
         }
-    prompt, drafts, times = chat.prompt(args.prompt, views), DraftStats(), [time.perf_counter()]
+    prompt = chat.prompt(args.prompt, views)
+    length = len(prompt) + args.max_new_tokens
+    model = Step3p7.from_pretrained(folder, args.device, dtype, progress=True, context=length)
+    drafts, times = DraftStats(), [time.perf_counter()]
 
     def tokens():
         for _, token in generate(
             model, [prompt], max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
-            seed=args.seed, mtp=args.mtp, kv_cache=args.kv_cache, images=[images], stats=drafts,
+            top_k=args.top_k, seed=args.seed, mtp=args.mtp, kv_cache=args.kv_cache, images=[images], stats=drafts,
         ):  # fmt: skip
             times.append(time.perf_counter())
             yield token
@@ -115,6 +132,18 @@ def run(args: argparse.Namespace) -> None:
     print(flush=True)
     if args.stats:
         print(_report(len(prompt), times, drafts, args.device), file=sys.stderr)
+
+
+def _print_plan(folder: Path, args: argparse.Namespace) -> None:
+    from .model.memory import free_bytes, usable_device
+
+    plan = Step3p7.plan(folder, requests=args.requests, context=args.context)
+    if args.kv_cache == "model":
+        plan = dataclasses.replace(plan, cache_dtype=torch.bfloat16)
+    free = free_bytes(usable_device(args.device))
+    print(plan.table(free, str(args.device)))
+    if free is not None:
+        plan.check(free, str(args.device))
 
 
 def _report(prompt: int, times: list[float], drafts, device: torch.device) -> str:

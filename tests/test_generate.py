@@ -48,6 +48,25 @@ def test_converted_model_still_reads_the_picture(recipe, tmp_path, capsys):
     assert capsys.readouterr().out == f"\n{DIGITS}\n"
 
 
+def test_the_best_token_alone_is_the_greedy_choice(capsys):
+    for options in (["--top-k", "1"], ["--top-p", "1e-6"]):
+        assert main(["--device", "cpu", "--temperature", "2", *options]) == 0
+        assert capsys.readouterr().out == GOLDEN_TEXTS[0][1] + "\n"
+
+
+def test_plan_counts_the_cache_asked_for_and_reads_no_weights(capsys, monkeypatch):
+    from step_kernels.model import loading, weights
+
+    for module in (loading, weights):
+        monkeypatch.setattr(module, "read_piece", lambda *a: pytest.fail("bytes were read"))
+    assert main(["--device", "cpu", "--plan", "--context", "1000", "--requests", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "2 full layers, 3 x 1,000 tokens, 256 B each" in out  # 3 * 16 pages of 64 * 256 bytes
+    assert next(line for line in out.splitlines() if line.startswith("cache")).split()[-2:] == ["0.79", "MB"]
+    assert main(["--plan", "--device", "cuda:99"]) == 1
+    assert "device: got cuda:99" in capsys.readouterr().err
+
+
 def test_stats_go_to_stderr(capsys):
     main(["--stats", "--mtp", "--max-new-tokens", "9"])
     err = capsys.readouterr().err
@@ -66,6 +85,7 @@ def test_stats_go_to_stderr(capsys):
         (["--temperature", "-1"], 2, "argument --temperature: got -1"),
         (["--temperature", "nan"], 2, "argument --temperature: got nan"),
         (["--top-p", "0"], 2, "argument --top-p: got 0"),
+        (["--top-k", "1025"], 2, "argument --top-k: got 1025, wanted 0 (all) to 1024"),
         (["--max-new-tokens", "0"], 2, "argument --max-new-tokens: got 0"),
         (["--max-new-tokens", "9999"], 1, "wanted at most 4096"),
     ],

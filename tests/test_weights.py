@@ -9,9 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from step_kernels import nvfp4
 from step_kernels.generate import BUNDLED
-from step_kernels.model import CheckpointError, Step3p7, StepConfig
+from step_kernels.model import CheckpointError, Step3p7, StepConfig, weights
 from step_kernels.model.checkpoint import Checkpoint
-from step_kernels.model.weights import FP8Experts, Weights
+from step_kernels.model.formats import FP8Channels, FP8Experts, FP8Weight, fp8_channels
+from step_kernels.model.loading import Opened
+from step_kernels.model.memory import Tapped
+from step_kernels.model.weights import Weights
 from step_kernels.nvfp4 import NVFP4Experts, NVFP4Weight
 from step_kernels.testing import relative_error
 
@@ -121,8 +124,6 @@ def test_fp8_block_scaled_experts_compute_what_their_decoded_weights_compute(tmp
 
 
 def test_fp8_blocks_are_128_square():
-    from step_kernels.model.weights import FP8Weight
-
     scales = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     w = FP8Weight(torch.ones(130, 200).to(torch.float8_e4m3fn), scales).dequantize(torch.float32)
     assert [w[0, 0], w[127, 128], w[128, 127], w[129, 199]] == [1, 2, 3, 4]
@@ -137,18 +138,80 @@ def test_kv_scales_load_as_zero_dimensional_or_not_at_all(tmp_path):
     assert load(BUNDLED).layers[1].attention.k_scale.item() == 1.0
 
 
-def test_expert_stacks_are_read_an_expert_at_a_time(monkeypatch):
-    sizes, read = [], Checkpoint.read
+def quantized_experts(folder):
+    return write(folder, quantized(bundled(), EXPERTS)[0])
 
-    def spy(self, name, begin=None, end=None):
-        tensor = read(self, name, begin, end)
-        if ".moe." in name and name.endswith("_proj.weight"):
-            sizes.append(tensor.numel())
-        return tensor
 
-    monkeypatch.setattr(Checkpoint, "read", spy)
-    load(BUNDLED)
-    assert sizes == [64 * 192] * (5 * 3 * 32)  # layers, projections, experts
+def fields(experts):
+    return [getattr(w, name) for w in (experts.gate_up, experts.down) for name in ("codes", "scales", "global_scale")]
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 64 * 192 * 9 // 16 * 5, 1 << 30], ids=["1 expert", "5 experts", "all"])
+def test_experts_are_gate_above_up_and_down_however_many_are_read_at_once(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(weights, "_AT_ONCE", at_once)
+    stored = load_file(quantized_experts(tmp_path / "m") / "model.safetensors")
+    found = Weights(Checkpoint(tmp_path / "m"), torch.device("cpu"), torch.float32).experts(
+        "model.layers.3.moe", 32, 64, 192
+    )
+    gate, up, down = (f"model.layers.3.moe.{p}_proj.weight" for p in ("gate", "up", "down"))
+    for suffix, got, alone in zip(("", "_scale", "_scale_2"), fields(found)[:3], fields(found)[3:]):
+        pair = [stored[name + suffix] for name in (gate, up)]
+        joined = torch.stack(pair, 1) if suffix == "_scale_2" else torch.cat([t.view(torch.uint8) for t in pair], 1)
+        assert got.view(torch.uint8).equal(joined.view(torch.uint8))
+        assert alone.view(torch.uint8).equal(stored[down + suffix].view(torch.uint8))
+
+
+def test_no_more_than_some_experts_are_on_their_way_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "_AT_ONCE", 3 * 64 * 192 * 9 // 16 * 5)
+    shapes, prepare = [], weights.kernel_layout
+
+    def spy(weight, device, dtype):
+        if isinstance(weight, NVFP4Experts):
+            shapes.append(tuple(weight.gate_up.codes.shape))
+        return prepare(weight, device, dtype)
+
+    monkeypatch.setattr(weights, "kernel_layout", spy)
+    checkpoint = Checkpoint(quantized_experts(tmp_path / "m"))
+    Weights(checkpoint, torch.device("cpu"), torch.float32).experts("model.layers.3.moe", 32, 64, 192)
+    assert shapes == [(5, 128, 96)] * 6 + [(2, 128, 96)]
+
+
+def test_plain_experts_are_joined_whatever_is_read_at_once(monkeypatch):
+    name = "model.layers.3.moe"
+    stored = bundled()
+    for at_once in (1, 3 * 64 * 192 * 2, 1 << 30):
+        monkeypatch.setattr(weights, "_AT_ONCE", at_once)
+        found = Weights(Checkpoint(BUNDLED), torch.device("cpu"), torch.bfloat16).experts(name, 32, 64, 192)
+        pair = [stored[f"{name}.{p}_proj.weight"] for p in ("gate", "up")]
+        assert found.gate_up.equal(torch.cat(pair, 1)) and found.down.equal(stored[f"{name}.down_proj.weight"])
+
+
+def test_fp8_channels_keep_a_rows_largest_value_and_zeros():
+    w = torch.tensor([[448.0, 1.0, -7.3], [0.0, 0.0, 0.0], [-0.5, 0.25, 0.125], [3e-5, -3e-5, 1e-6]])
+    found = fp8_channels(w.bfloat16())
+    assert found.codes.float().tolist()[:3] == [[448, 1, -7.5], [0, 0, 0], [-448, 224, 112]]
+    assert found.scale[:3].tolist() == [1, 1, pytest.approx(0.5 / 448)] and found.shape == w.shape
+    big = torch.randn(5000, 40, generator=torch.Generator().manual_seed(0)).bfloat16()  # more rows than at once
+    found = fp8_channels(big)
+    assert found.scale.equal(big.float().abs().amax(1) / torch.tensor(448.0))
+    error = (found.dequantize() - big.float()).abs()
+    assert (error <= big.float().abs() / 16 + found.scale[:, None] / 1024 * 1.01).all()  # half of 2^-3; of a subnormal
+
+
+def test_fp8_makes_every_linear_of_the_language_model_channels_and_nothing_else():
+    kinds = {}
+
+    def see(name, value):
+        kinds.setdefault(type(value), set()).add(name)
+        return value
+
+    Opened(lambda config, source, depths: Step3p7(config, Tapped(source, see), depths), BUNDLED, torch.bfloat16, True)
+    linears = [n for n in bundled() if n.endswith(("_proj.weight", ".shared_head.output.weight", "lm_head.weight"))]
+    assert kinds[FP8Channels] == {n for n in linears if n.startswith(("model.", "lm_head")) and ".moe." not in n}
+    stored = bundled()["model.layers.1.self_attn.q_proj.weight"]
+    source = Weights(Checkpoint(BUNDLED), torch.device("cpu"), torch.bfloat16, fp8=True)
+    found = source.linear("model.layers.1.self_attn.q_proj", *stored.shape)
+    assert found.codes.view(torch.uint8).equal(fp8_channels(stored).codes.view(torch.uint8))
 
 
 def change(name, make):
@@ -194,5 +257,5 @@ def test_python_in_a_checkpoint_is_not_run(tmp_path):
 
 
 def test_weights_land_on_the_device_asked_for():
-    weights = Weights(Checkpoint(BUNDLED), torch.device("meta"), torch.bfloat16)
-    assert weights.tensor("model.norm.weight", (CONFIG.hidden_size,)).device.type == "meta"
+    source = Weights(Checkpoint(BUNDLED), torch.device("meta"), torch.bfloat16)
+    assert source.tensor("model.norm.weight", (CONFIG.hidden_size,)).device.type == "meta"

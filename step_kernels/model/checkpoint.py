@@ -28,6 +28,7 @@ DTYPES = {
     "U8": torch.uint8,
 }
 _HEADER_MAX = 100 << 20  # bytes, the safetensors library's own limit
+_READ_MAX = 1 << 30  # bytes a call: Linux reads at most 2^31 - 4096
 
 
 class CheckpointError(Exception):
@@ -71,8 +72,46 @@ def canonical(name: str) -> str:
     return name
 
 
-def read_header(file: Path) -> dict[str, Entry]:
-    """Entries of one safetensors file under their stored names, checked against the file's size."""
+@dataclass(frozen=True)
+class Piece:
+    """The bytes [begin, end) of the entry's file."""
+
+    entry: Entry
+    begin: int
+    end: int
+
+
+def pieces(entry: Entry, most: int, rows: tuple[int, int] | None = None) -> list[Piece]:
+    """The entry's bytes, or those of a range of its first dimension, in pieces of at most `most` bytes."""
+    begin, end = entry.begin, entry.end
+    if rows is not None:
+        row = (end - begin) // entry.shape[0] if entry.shape[0] else 0
+        begin, end = begin + rows[0] * row, begin + rows[1] * row
+    return [Piece(entry, at, min(at + most, end)) for at in range(begin, end, most)]
+
+
+def read_piece(piece: Piece, out: Tensor | None = None) -> Tensor:
+    """The piece's bytes, u8 on the CPU, into `out` where it is given; CheckpointError names file and tensor."""
+    entry = piece.entry
+    buffer = torch.empty(piece.end - piece.begin, dtype=torch.uint8) if out is None else out
+    try:
+        with entry.file.open("rb", buffering=0) as f:
+            f.seek(piece.begin)
+            view, got = memoryview(buffer.numpy()), 0
+            while got < len(view):
+                n = f.readinto(view[got : got + _READ_MAX])
+                if not n:
+                    raise CheckpointError(
+                        f"{entry.file}: {entry.stored_name}: the file ends early (changed while being read?)"
+                    )
+                got += n
+    except OSError as e:
+        raise CheckpointError(f"{entry.file}: {entry.stored_name}: {e.strerror}") from None
+    return buffer
+
+
+def read_header(file: Path) -> tuple[dict[str, Entry], dict]:
+    """Entries of one safetensors file under their stored names, checked against the file's size; its metadata."""
     try:
         size = file.stat().st_size
         with file.open("rb") as f:
@@ -91,7 +130,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         raise CheckpointError(f"{file}: the header is not JSON: {e}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the header is a JSON {type(header).__name__}, wanted an object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     entries, data = {}, 8 + length
     for name, info in header.items():
         try:
@@ -112,11 +151,12 @@ def read_header(file: Path) -> dict[str, Entry]:
         if last is not None and entry.begin < last.end:
             raise CheckpointError(f"{file}: {last.stored_name} and {entry.stored_name} overlap")
         last = entry
-    return entries
+    return entries, metadata if isinstance(metadata, dict) else {}
 
 
 class Checkpoint:
-    """A checkpoint folder opened for reading. `entries` maps canonical names to where the bytes lie."""
+    """A checkpoint folder opened for reading. `entries` maps canonical names to where the bytes lie, `metadata` each
+    file's name to what its header says of it."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
@@ -134,8 +174,10 @@ class Checkpoint:
         if not files:
             raise CheckpointError(f"{self.folder}: no *.safetensors file in it")
         self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, dict] = {}
         for file in files:
-            for name, entry in read_header(file).items():
+            entries, self.metadata[file.name] = read_header(file)
+            for name, entry in entries.items():
                 known = self.entries.setdefault(canonical(name), entry)
                 if known is not entry:
                     raise CheckpointError(f"{file}: {name} is also in {known.file.name} as {known.stored_name}")
@@ -157,25 +199,10 @@ class Checkpoint:
     def read(self, name: str, begin: int | None = None, end: int | None = None) -> Tensor:
         """The tensor as stored, on the CPU; with `begin` and `end`, that range of its first dimension alone."""
         entry = self.entry(name)
-        shape, first, last = entry.shape, entry.begin, entry.end
+        shape, rows = entry.shape, None
         if begin is not None:
             if not 0 <= begin <= end <= shape[0]:
                 raise CheckpointError(f"{name}: got the range {begin} to {end}, wanted one within {shape[0]}")
-            row = (last - first) // shape[0] if shape[0] else 0
-            first, last = first + begin * row, first + end * row
-            shape = (end - begin, *shape[1:])
-        if first == last:
-            return torch.empty(shape, dtype=entry.dtype)
-        buffer = torch.empty(last - first, dtype=torch.uint8)
-        try:
-            with entry.file.open("rb", buffering=0) as f:
-                f.seek(first)
-                view, got = memoryview(buffer.numpy()), 0
-                while got < len(view):
-                    n = f.readinto(view[got : got + (1 << 30)])
-                    if not n:
-                        raise CheckpointError(f"{entry.file}: {name}: the file ends early (changed while being read?)")
-                    got += n
-        except OSError as e:
-            raise CheckpointError(f"{entry.file}: {name}: {e.strerror}") from None
-        return buffer.view(entry.dtype).reshape(shape)
+            shape, rows = (end - begin, *shape[1:]), (begin, end)
+        whole = pieces(entry, max(entry.end - entry.begin, 1), rows)
+        return read_piece(whole[0]).view(entry.dtype).reshape(shape) if whole else torch.empty(shape, dtype=entry.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import add_rms_norm
 from .attention import Attention
 from .config import StepConfig
 from .layers import MLP, RMSNorm, linear
@@ -13,7 +12,7 @@ from .moe import MoE
 
 
 class DecoderLayer:
-    """h += attention(norm(h)); h += mlp or moe(norm(h))."""
+    """h += attention(norm(h)); h += mlp or moe(norm(h)). The second sum is left to the norm of the next layer."""
 
     def __init__(self, weights, index: int, config: StepConfig):
         name, layer = f"model.layers.{index}", config.layers[index]
@@ -26,10 +25,12 @@ class DecoderLayer:
         else:
             self.ffn = MLP(weights, f"{name}.mlp", hidden, config.intermediate_size, layer.shared_limit)
 
-    def __call__(self, x: Tensor, context) -> Tensor:
-        attended = self.attention(self.input_norm(x), context)
-        normed, x = add_rms_norm(attended, x, self.post_norm.weight, self.post_norm.eps)
-        return x + self.ffn(normed)
+    def __call__(self, x: Tensor, addends: tuple[Tensor, ...], context) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """h as x [tokens, hidden] and what is still to be added to it, and the same behind the layer."""
+        normed, x = self.input_norm.of_sum(x, addends)
+        normed, x = self.post_norm.of_sum(x, (self.attention(normed, context),))
+        out = self.ffn(normed)
+        return x, out if isinstance(out, tuple) else (out,)
 
 
 class MTPLayer:
@@ -52,8 +53,9 @@ class MTPLayer:
     def __call__(self, embedding: Tensor, hidden: Tensor, context) -> Tensor:
         """[tokens, hidden] twice -> [tokens, hidden], what the next depth takes."""
         joined = torch.cat((self.embed_norm(embedding), self.hidden_norm(hidden)), -1)
-        return self.decoder(linear(joined, self.eh_proj), context)
+        x, addends = self.decoder(linear(joined, self.eh_proj), (), context)
+        return sum(addends, x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> f32 [..., vocab]."""
-        return linear(self.head_norm(hidden), self.head).float()
+        return linear(self.head_norm(hidden), self.head, torch.float32)

@@ -1,6 +1,8 @@
-"""Decoding in CUDA graphs: a step's hundreds of launches as one, with nothing decided on the host in between."""
+"""CUDA graphs of a step: hundreds of launches as one, with nothing decided on the host in between."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,11 +11,11 @@ from ..nvfp4 import NVFP4Experts
 from ..registry import reference_only
 from .cache import CachedTokens
 
-OPS = ("moe_topk", "swiglu", "rms_norm", "add_rms_norm", "nvfp4_linear", "nvfp4_moe", "kv_append", "paged_attention")
+OPS = ("moe_router", "swiglu", "rms_norm", "add_rms_norm", "nvfp4_linear", "nvfp4_moe", "kv_append", "paged_attention")
 
 
 class DecodeGraphs:
-    """Trunk and head over a step's tokens, a graph for each number of tokens, captured at its first use.
+    """Trunk and head over a step's tokens, a graph for each number of tokens and requests, captured at first use.
 
     Lengths, positions, slots and page tables are inputs that each replay takes anew; so are the requests that
     the tokens belong to. The outputs are overwritten by the next replay.
@@ -21,13 +23,14 @@ class DecodeGraphs:
 
     def __init__(self, model):
         self.model = model
-        self.graphs: dict[int, tuple] = {}
+        self.graphs: dict[tuple[int, int], tuple] = {}
 
     def __call__(self, tokens: Tensor, context: CachedTokens) -> tuple[Tensor, Tensor]:
         """i64 [tokens] -> hidden states [tokens, hidden] and logits f32 [tokens, vocab]."""
-        if len(tokens) not in self.graphs:
-            self.graphs[len(tokens)] = self._capture(tokens, context)
-        graph, inputs, outputs = self.graphs[len(tokens)]
+        key = len(tokens), len(context.lengths)
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(tokens, context)
+        graph, inputs, outputs = self.graphs[key]
         for kept, new in zip(inputs, (tokens, *context.tensors()), strict=True):
             kept.copy_(new)
         graph.replay()
@@ -35,15 +38,19 @@ class DecodeGraphs:
 
     def _capture(self, tokens: Tensor, context: CachedTokens) -> tuple:
         tokens, context = tokens.clone(), context.clone()
-        stream = torch.cuda.Stream(self.model.device)
-        stream.wait_stream(torch.cuda.current_stream(self.model.device))
-        with torch.cuda.stream(stream):
-            step(self.model, tokens, context)  # compiles and loads; what it writes to the cache is written again
-        torch.cuda.current_stream(self.model.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = step(self.model, tokens, context)
+        # the run before the capture writes to the cache what the first replay writes again
+        graph, outputs = capture(self.model.device, lambda: step(self.model, tokens, context))
         return graph, (tokens, *context.tensors()), outputs
+
+
+def capture(device: torch.device, run: Callable, pool=None) -> tuple[torch.cuda.CUDAGraph, object]:
+    """Run once, which compiles and loads, then capture a second run; the graph and that run's outputs."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        run()
+        with torch.cuda.graph(graph, pool):
+            outputs = run()
+    return graph, outputs
 
 
 def step(model, tokens: Tensor, context: CachedTokens) -> tuple[Tensor, Tensor]:

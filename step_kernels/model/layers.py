@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..nvfp4 import NVFP4Weight
-from ..ops import nvfp4_linear, rms_norm, swiglu
+from .. import ops
+from ..ops import add_rms_norm, nvfp4_linear, rms_norm, swiglu
 from ..prepared import TILE, PreparedWeight
 from .config import LayerConfig
+from .formats import FP8Channels
 
 
 class RMSNorm:
@@ -23,41 +24,75 @@ class RMSNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def of_sum(self, x: Tensor, addends: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The norm of x and up to two addends together, and their sum."""
+        if not addends:
+            return self(x), x
+        return add_rms_norm(addends[0], x, self.weight, self.eps, *addends[1:])
 
-def linear(x: Tensor, weight: Tensor | NVFP4Weight | PreparedWeight) -> Tensor:
-    """x times the weight's transpose, for a weight in any format."""
-    return F.linear(x, weight) if isinstance(weight, Tensor) else nvfp4_linear(x, weight)
+
+def linear(x: Tensor, weight, out_dtype: torch.dtype | None = None) -> Tensor:
+    """x times the transpose of a weight in any format, in x's dtype or out_dtype."""
+    if isinstance(weight, Tensor):
+        return ops.linear(x, weight, out_dtype)
+    if isinstance(weight, FP8Channels):
+        return ops.fp8_linear(x, weight.codes, weight.scale, out_dtype)
+    return nvfp4_linear(x, weight).to(out_dtype or x.dtype)
 
 
 class Linears:
-    """Several linears of one input, multiplied as one where all of their weights are plain or all are prepared."""
+    """Several linears of one input; neighbours that are plain, FP8 or prepared alike are multiplied as one."""
 
-    def __init__(self, *weights: Tensor | NVFP4Weight | PreparedWeight):
-        self.weights, self.rows = weights, [w.shape[0] for w in weights]
-        if all(isinstance(w, Tensor) and not w.requires_grad for w in weights):
-            self.weights = (torch.cat(weights),)
-        elif all(isinstance(w, PreparedWeight) for w in weights):
-            self.weights = (_stacked(weights),)
+    def __init__(self, *weights):
+        self.rows, self.groups = [w.shape[0] for w in weights], []
+        for kind, group in itertools.groupby(weights, _kind):
+            group = list(group)
+            self.groups += [(_JOINED[kind](group), len(group))] if kind in _JOINED else [(w, 1) for w in group]
+
+    @property
+    def weights(self) -> list:
+        """The weights that it multiplies by, in order."""
+        return [weight for weight, _ in self.groups]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """x [..., k] -> [..., rows] of each."""
-        if len(self.weights) > 1:
-            return [linear(x, weight) for weight in self.weights]
-        (weight,) = self.weights
-        widths = self.rows if isinstance(weight, Tensor) else [-(-n // TILE) * TILE for n in self.rows]
-        return [y[..., :n] for y, n in zip(linear(x, weight).split(widths, -1), self.rows)]
+        """x [..., k] -> [..., rows] of each linear."""
+        out, rows = [], iter(self.rows)
+        for weight, count in self.groups:
+            wanted = list(itertools.islice(rows, count))
+            stored = [-(-n // TILE) * TILE for n in wanted] if isinstance(weight, PreparedWeight) else wanted
+            y = linear(x, weight)
+            out += [y] if count == 1 else [part[..., :n] for part, n in zip(y.split(stored, -1), wanted)]
+        return out
 
     def joined(self, x: Tensor) -> Tensor:
         """x [..., k] -> the outputs side by side."""
-        alone = len(self.weights) == 1 and self.weights[0].shape[0] == sum(self.rows)
-        return linear(x, self.weights[0]) if alone else torch.cat(self(x), -1)
+        if len(self.groups) == 1 and self.weights[0].shape[0] == sum(self.rows):
+            return linear(x, self.weights[0])
+        return torch.cat(self(x), -1)
 
 
-def _stacked(weights: tuple[PreparedWeight, ...]) -> PreparedWeight:
+def _kind(weight):
+    """What neighbours must have in common to be joined; a weight that is trained stays as it is."""
+    return id(weight) if isinstance(weight, Tensor) and weight.requires_grad else type(weight)
+
+
+def _stacked(weights: list[PreparedWeight]) -> PreparedWeight:
     """One below the other in whole tiles, rows of zeros between; a global scale a tile."""
+    if len(weights) == 1:
+        return weights[0]
     codes, scales = torch.cat([w.codes for w in weights]), torch.cat([w.scales for w in weights])
     outer = torch.cat([w.global_scale.expand(len(w.codes)) for w in weights])
     return PreparedWeight(codes, scales, outer, torch.Size((TILE * len(codes), weights[0].shape[1])))
+
+
+_JOINED = {
+    Tensor: torch.cat,
+    FP8Channels: lambda weights: FP8Channels(
+        torch.cat([w.codes.view(torch.uint8) for w in weights]).view(torch.float8_e4m3fn),
+        torch.cat([w.scale for w in weights]),
+    ),
+    PreparedWeight: _stacked,
+}
 
 
 class MLP:

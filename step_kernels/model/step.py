@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .attention import WholeSequences
-from .checkpoint import Checkpoint
 from .config import StepConfig
 from .decoder import DecoderLayer, MTPLayer
 from .generation import generate
 from .layers import RMSNorm, linear
+from .loading import Opened
+from .memory import CHUNK, Plan, Tapped, free_bytes, tally, usable_device
+from .prepared_copy import Copy
+from .synthetic import RandomWeights
 from .vision import VisionEncoder
-from .weights import RandomWeights, Weights
 
 
 class Step3p7:
@@ -40,16 +43,46 @@ class Step3p7:
         device: str | torch.device = "cuda",
         dtype: torch.dtype = torch.bfloat16,
         progress: bool = False,
+        *,
+        fp8: bool = False,
+        requests: int = 1,
+        context: int | None = None,
     ) -> Step3p7:
-        """A BF16, FP8 or NVFP4 checkpoint folder under any of its name schemes; CheckpointError if it is unusable.
+        """A BF16, FP8 or NVFP4 checkpoint folder under any of its name schemes, or a prepared copy of one;
+        CheckpointError if it is unusable, ValueError before any weight is read if the GPU lacks room for it and for
+        `requests` of `context` tokens (by default a prefill step's).
 
         A checkpoint without MTP weights (the first NVFP4 upload) loads without draft layers. `progress` shows a
-        bar on a terminal.
+        bar on a terminal. `fp8` makes the linears that are plain FP8Channels.
         """
-        checkpoint = Checkpoint(path)
-        config = StepConfig.from_dict(checkpoint.config, str(checkpoint.folder / "config.json"))
-        drafts = f"model.layers.{config.num_layers}.eh_proj.weight" in checkpoint
-        return cls(config, Weights(checkpoint, _device(device), dtype, progress), config.num_mtp if drafts else 0)
+        device = usable_device(device)
+        opened = Opened(cls, path, dtype, fp8)
+        _check(opened.plan(requests, context), device)
+        with opened.weights(device, progress) as weights:
+            return cls(opened.config, weights, opened.depths)
+
+    @classmethod
+    @torch.inference_mode()
+    def plan(
+        cls, path: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, *, fp8: bool = False, requests: int = 1,
+        context: int | None = None,
+    ) -> Plan:  # fmt: skip
+        """What a checkpoint would take of a GPU's memory, from its headers alone; one request of the longest context
+        unless told otherwise."""
+        opened = Opened(cls, path, dtype, fp8)
+        return opened.plan(requests, opened.config.max_positions if context is None else context)
+
+    @classmethod
+    @torch.inference_mode()
+    def save_prepared(
+        cls, path: str | os.PathLike, target: str | os.PathLike, device: str | torch.device = "cuda", *,
+        fp8: bool = False, progress: bool = False,
+    ) -> None:  # fmt: skip
+        """Write a checkpoint with NVFP4 experts to a new folder in the layout of this GPU's kernels. The GPU holds no
+        more than one layer's experts at a time."""
+        device, opened = usable_device(device), Opened(cls, path, torch.bfloat16, fp8)
+        with opened.weights(device, progress) as weights, Copy(path, target, device) as copy:
+            cls(opened.config, Tapped(weights, copy.add), opened.depths)
 
     @classmethod
     @torch.inference_mode()
@@ -60,9 +93,17 @@ class Step3p7:
         nvfp4: bool = True,
         seed: int = 0,
         dtype: torch.dtype = torch.bfloat16,
+        **options,
     ) -> Step3p7:
-        """Synthetic weights made on the device, routed experts in NVFP4 unless told otherwise: for benchmarks."""
-        return cls(config, RandomWeights(_device(device), dtype, nvfp4, seed), config.num_mtp)
+        """Synthetic weights made on the device, routed experts in NVFP4 unless told otherwise: for benchmarks.
+
+        `recipe`, `lm_head` and `router` as RandomWeights takes them.
+        """
+        device, sizes = usable_device(device), Counter()
+        weights = RandomWeights(torch.device("meta"), dtype, nvfp4, seed, config=config, **options)
+        cls(config, Tapped(weights, tally(config, sizes)), config.num_mtp)
+        _check(Plan(config, dict(sizes), config.num_mtp, context=min(CHUNK, config.max_positions)), device)
+        return cls(config, RandomWeights(device, dtype, nvfp4, seed, config=config, **options), config.num_mtp)
 
     @torch.inference_mode()
     def __call__(
@@ -149,13 +190,14 @@ class Step3p7:
 
     def trunk(self, x: Tensor, context) -> Tensor:
         """Embeddings [tokens, hidden] -> hidden states before the final norm, [tokens, hidden]."""
+        addends = ()
         for layer in self.layers:
-            x = layer(x, context)
-        return x
+            x, addends = layer(x, addends, context)
+        return sum(addends, x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states before the final norm [..., hidden] -> f32 [..., vocab]."""
-        return linear(self.norm(hidden), self.lm_head).float()
+        return linear(self.norm(hidden), self.lm_head, torch.float32)
 
     def _hidden(self, input_ids: Tensor, embeddings: Tensor) -> Tensor:
         if input_ids.dim() != 2:
@@ -165,9 +207,7 @@ class Step3p7:
         return hidden.unflatten(0, (batch, length))
 
 
-def _device(device: str | torch.device) -> torch.device:
-    device = torch.device(device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"device: got {device}, but torch {torch.__version__} sees {count} GPUs; wanted one or cpu")
-    return device
+def _check(plan: Plan, device: torch.device) -> None:
+    free = free_bytes(device)
+    if free is not None:
+        plan.check(free, str(device))

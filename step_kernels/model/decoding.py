@@ -1,0 +1,129 @@
+"""Decoding without the host: each step's tokens are chosen on the device and fed to the next step there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .cache import PagedCache, upload
+from .graph import capture
+from .sampling import Sampling, choose, vocabulary_noise
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # rows of a graph; above, multiples of 32
+_UNWRITTEN = -(1 << 30)  # makes any slot negative
+
+
+class Decoder:
+    """One more token for some of a cache's requests, in a CUDA graph for each bucket of rows if `graphs`.
+
+    A request's next token to feed, its position and how to choose lie on the device at its number in the cache.
+    Rows of a graph beyond the step's requests repeat one of them, so that they visit no experts of their own,
+    and write nothing. Graphs are captured at their first use.
+    """
+
+    def __init__(self, model, cache: PagedCache, graphs: bool):
+        requests, device = cache.requests, model.device
+        most = bucket(requests)
+        self.model, self.cache, self.work = model, cache, [0] * requests
+        # one request more: padding rows leave their token there
+        self.token, self.top_k, self.key = torch.zeros(3, requests + 1, dtype=torch.int64, device=device)
+        self.temperature, self.top_p = torch.zeros(2, requests + 1, device=device)
+        self.position = torch.zeros(requests + 1, dtype=torch.int32, device=device)
+        self.vocabulary = vocabulary_noise(model.config.vocab_size, device)
+        self.rows = torch.zeros(3, most, dtype=torch.int64, device=device)
+        self.query_start = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self.uploaded: tuple | None = None
+        self.graphs: dict[tuple[int, int], tuple] | None = {} if graphs else None
+        self.pool = torch.cuda.graph_pool_handle() if graphs else None
+
+    def admit(self, request: int, sampling: Sampling, number: int) -> None:
+        """Choose this request's tokens so from now on; its draws are those of the `number`-th prompt."""
+        self.work[request] = sampling.work
+        self.temperature[request], self.top_p[request] = sampling.temperature, sampling.top_p
+        self.top_k[request], self.key[request] = sampling.top_k, sampling.key(number)
+
+    def choose(self, requests: list[int], logits: Tensor, positions: list[int]) -> Tensor:
+        """f32 [rows, vocab] of these requests -> i64 [rows], the tokens at these positions."""
+        rows, positions = (upload(torch.tensor(values), logits.device) for values in (requests, positions))
+        return self._choose(rows, logits, positions, self._work(requests))
+
+    def start(self, requests: list[int], logits: Tensor, positions: list[int]) -> Chosen:
+        """The same; they are the next tokens to feed."""
+        tokens = self.choose(requests, logits, positions)
+        self.feed(requests, tokens, positions)
+        return Chosen(tokens)
+
+    def feed(self, requests: list[int], tokens: Tensor, positions: list[int]) -> None:
+        """Let these tokens (i64 [requests]) be the next to feed, at these positions."""
+        rows = upload(torch.tensor(requests), tokens.device)
+        self.token.index_copy_(0, rows, tokens)
+        self.position.index_copy_(0, rows, upload(torch.tensor(positions, dtype=torch.int32), tokens.device))
+
+    def step(self, requests: list[int], repeated: int, rows: int | None = None) -> Chosen:
+        """Feed each request's next token and choose the one after it. Padding rows repeat the request `repeated`.
+
+        `rows`: with padding; by default the requests' number, or its bucket where the step is a graph.
+        """
+        if rows is None:
+            rows = len(requests) if self.graphs is None else bucket(len(requests))
+        work = self._work(requests)
+        if self.graphs is None:
+            self._upload(requests, repeated, rows)
+            return Chosen(self._step(rows, work)[: len(requests)])
+        if (rows, work) not in self.graphs:
+            self._upload([], repeated, rows)  # the run before the capture is to change nothing
+            self.graphs[rows, work] = capture(self.model.device, lambda: self._step(rows, work), self.pool)
+        self._upload(requests, repeated, rows)
+        graph, tokens = self.graphs[rows, work]
+        graph.replay()
+        return Chosen(tokens[: len(requests)])
+
+    def _upload(self, requests: list[int], repeated: int, rows: int) -> None:
+        """What the rows read, what they write, and what hides their slots; only where it is not there already."""
+        if self.uploaded == (rows, requests):
+            return
+        blank = rows - len(requests)
+        source, target = requests + [repeated] * blank, requests + [self.cache.requests] * blank
+        values = torch.tensor([source, target, [0] * len(requests) + [_UNWRITTEN] * blank])
+        self.rows[:, :rows] = upload(values, self.rows.device)
+        self.uploaded = rows, list(requests)
+
+    def _step(self, rows: int, work: int) -> Tensor:
+        """Nothing here is decided on the host. Tokens i64 [rows]."""
+        source, target, padding = self.rows[:, :rows]
+        context = self.cache.next_tokens(source, self.position[source], padding, self.query_start[: rows + 1])
+        hidden = self.model.trunk(self.model.embed_tokens[self.token[source]], context)
+        tokens = self._choose(source, self.model.logits(hidden), context.lengths, work)
+        self.token.index_copy_(0, target, tokens)
+        self.position.index_copy_(0, target, context.lengths)
+        return tokens
+
+    def _choose(self, rows: Tensor, logits: Tensor, positions: Tensor, work: int) -> Tensor:
+        how = (t[rows] for t in (self.temperature, self.top_p, self.top_k, self.key)) if work else [None] * 4
+        return choose(logits, *how, positions, self.vocabulary, work)
+
+    def _work(self, requests: list[int]) -> int:
+        return max(self.work[request] for request in requests)
+
+
+class Chosen:
+    """Tokens on their way to the host."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens, self.arrived = tokens, None
+        if tokens.is_cuda:
+            self.tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self.tokens.copy_(tokens, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(tokens.device))
+
+    def tolist(self) -> list[int]:
+        """Waits for the step that chose them, not for later ones."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.tokens.tolist()
+
+
+def bucket(rows: int) -> int:
+    """The fewest rows of a graph that takes so many."""
+    return next((b for b in BUCKETS if b >= rows), -(-rows // 32) * 32)
