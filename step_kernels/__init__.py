@@ -3,6 +3,8 @@
 from .nvfp4 import NVFP4Experts, NVFP4Weight
 from .ops import (
     add_rms_norm,
+    choose,
+    decode_inputs,
     fp8_linear,
     kv_append,
     linear,
@@ -28,6 +30,8 @@ __all__ = [
     "NVFP4Weight",
     "PreparedWeight",
     "add_rms_norm",
+    "choose",
+    "decode_inputs",
     "explain",
     "force",
     "fp8_linear",

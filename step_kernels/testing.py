@@ -72,6 +72,7 @@ def sample_arguments(op: str, dtype: torch.dtype, prepared: bool = False) -> tup
     norm, frequencies = (of(128), of(128), 1e-5), of(32, dtype=torch.float32)
     experts = (*weight(288, 2560, hidden, outer=(288, 2)), *weight(288, hidden, 1280, outer=(288,)))
     routing = of(tokens, 8, dtype=torch.float32), i32(tokens, 8)
+    vocab, rows = 128896, of(tokens, dtype=torch.int64)
     return {
         "moe_router": (of(tokens, hidden), of(288, hidden, dtype=torch.float32), of(288, dtype=torch.float32), 8, 3.0),
         "moe_topk": (of(tokens, 288, dtype=torch.float32), of(288, dtype=torch.float32), 8, 3.0),
@@ -85,6 +86,8 @@ def sample_arguments(op: str, dtype: torch.dtype, prepared: bool = False) -> tup
         "nvfp4_linear": (of(tokens, hidden), *weight(8192, hidden)),
         "nvfp4_moe": (of(tokens, hidden), *routing, *experts, 7.0),
         "kv_append": (q, kv, kv, *norm, frequencies, i32(tokens), i32(tokens), *cache),
+        "choose": (of(tokens, vocab, dtype=torch.float32), i32(tokens), rows),
+        "decode_inputs": (rows, i32(tokens), rows, rows, i32(2, tokens, 64), 64, of(vocab, hidden)),
         "paged_attention": (q, *cache, i32(tokens, 64), i32(tokens), i32(tokens + 1), 512, of(tokens, 64)),
     }[op]
 

@@ -114,34 +114,42 @@ def test_rows_the_copy_engine_cannot_reach_are_copied(launched):
 def test_refusals_say_what_came_and_what_is_taken():
     weight = torch.zeros(64, 72, dtype=BF16)
 
-    def refuse(m: int, weight: torch.Tensor, out_dtype=None, dtype=BF16):
-        return launcher.refuse(torch.zeros(m, weight.shape[1], dtype=dtype), weight, out_dtype)
+    def cannot(m: int, weight: torch.Tensor, out_dtype=None, dtype=BF16):
+        return launcher.cannot(torch.zeros(m, weight.shape[1], dtype=dtype), weight, out_dtype)
 
-    assert refuse(64, weight) is None and refuse(1, weight, torch.float32) is None and refuse(1, weight, BF16) is None
-    assert refuse(65, weight) == "takes at most 64 tokens, got 65"
-    assert refuse(1, weight, torch.float16) == "takes bfloat16 to bfloat16 or float32, got bfloat16 to float16"
-    assert refuse(1, weight.float(), dtype=torch.float32).endswith("got float32 to float32")
+    assert cannot(64, weight) is None and cannot(1, weight, torch.float32) is None and cannot(1, weight, BF16) is None
+    assert cannot(65, weight) == "takes at most 64 tokens, got 65"
+    assert cannot(1, weight, torch.float16) == "takes bfloat16 to bfloat16 or float32, got bfloat16 to float16"
+    assert cannot(1, weight.float(), dtype=torch.float32).endswith("got float32 to float32")
     for short in (weight[:, :71], weight[:, 1:65], weight.mT.contiguous().mT, weight[:1].expand(4, 72)):
-        assert refuse(1, short).startswith("takes rows at multiples of 16 bytes, got k = ")
+        assert cannot(1, short).startswith("takes rows at multiples of 16 bytes, got k = ")
+        assert launcher.refuse(torch.zeros(1, short.shape[1], dtype=BF16), short) == cannot(1, short)
     x, codes = torch.zeros(2, 72, dtype=BF16), weight.to(torch.float8_e4m3fn)
     assert launcher.refuse_fp8(x, codes, torch.ones(64)).startswith("takes rows at multiples of 16 bytes, got k = 72")
     assert launcher.refuse_fp8(x[:, :64].expand(2, 64), torch.zeros(64, 64).to(codes.dtype), torch.ones(64)) is None
+
+
+def test_what_cublas_does_faster_goes_there_unless_it_comes_out_in_f32_or_in_fp8():
+    x, weight = torch.zeros(2, 8, 64, dtype=BF16), torch.zeros(8193, 64, dtype=BF16)
+    assert launcher.refuse(x[0], weight[:8192]) is None
+    assert launcher.refuse(x[0], weight) == "is the faster up to 8 tokens and 8192 rows, got 8 and 8193"
+    assert launcher.refuse(x, weight[:100]) == "is the faster up to 8 tokens and 8192 rows, got 16 and 100"
+    assert launcher.refuse(x, weight, torch.float32) is None
+    assert launcher.refuse_fp8(x, weight.to(torch.float8_e4m3fn), torch.ones(8193)) is None
 
 
 def cuda(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     """The kernel itself, with NaN where its output will be."""
     size = weight.shape[0] * x[..., 0].numel() * (out_dtype or x.dtype).itemsize
     torch.full((size,), 255, dtype=torch.uint8, device="cuda")  # freed: what the allocator hands out next
-    with sk.force("cuda"):
-        return sk.linear(x, weight, out_dtype)
+    return launcher.launch(x, weight, out_dtype)
 
 
 def fp8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, out_dtype: torch.dtype | None = None):
     """The FP8 kernel itself, likewise."""
     size = codes.shape[0] * x[..., 0].numel() * (out_dtype or x.dtype).itemsize
     torch.full((size,), 255, dtype=torch.uint8, device="cuda")
-    with sk.force("cuda"):
-        return sk.fp8_linear(x, codes, scale, out_dtype)
+    return launcher.launch_fp8(x, codes, scale, out_dtype)
 
 
 def quantized(n: int, k: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,10 +234,10 @@ def test_gives_the_same_bits_on_every_run_and_in_graphs(m):
     x = random(m, 1280)
 
     def chain():
-        first = sk.linear(x, weights[0])
-        second = sk.linear(first, weights[1])
-        third = sk.linear(second, weights[2])
-        return first, second, third, sk.linear(third, weights[0], torch.float32)
+        first = launcher.launch(x, weights[0])
+        second = launcher.launch(first, weights[1])
+        third = launcher.launch(second, weights[2])
+        return first, second, third, launcher.launch(third, weights[0], torch.float32)
 
     wanted = chain()
     for a, b, weight in ((x, 0, 0), (0, 1, 1), (1, 2, 2)):
@@ -276,7 +284,7 @@ def test_streams_keep_their_sums_apart():
 @gpu
 def test_many_tokens_and_other_types_go_to_torch():
     weight = random(256, 512)
-    for x in (random(65, 512), random(2, 40, 512)):
+    for x in (random(65, 512), random(2, 40, 512), random(9, 512)):
         assert registry.table("linear", x, weight).splitlines()[-1].split() == ["reference", "serves"]
         assert torch.equal(sk.linear(x, weight), torch.nn.functional.linear(x, weight))
         wide = sk.linear(x, weight, torch.float32)
@@ -337,9 +345,9 @@ def test_fp8_gives_the_same_bits_on_every_run_in_graphs_and_beside_bf16(m):
     (codes, scale), weight, x = quantized(2560, 1280), random(1280, 2560, seed=2) / 64, random(m, 1280)
 
     def chain():
-        first = sk.fp8_linear(x, codes, scale)
-        second = sk.linear(first, weight)
-        return first, second, sk.fp8_linear(second, codes, scale)
+        first = launcher.launch_fp8(x, codes, scale)
+        second = launcher.launch(first, weight)
+        return first, second, launcher.launch_fp8(second, codes, scale)
 
     wanted = chain()
     for _ in range(50):

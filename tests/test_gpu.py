@@ -203,7 +203,7 @@ def test_real_widths_decode_in_graphs_what_they_decode_eagerly(wide):
 
 def test_real_widths_take_images_and_long_prompts(wide):
     text = torch.randint(0, 128000, (20000,), generator=torch.Generator().manual_seed(3)).tolist()
-    text[100 : 100 + 169] = [128001] * 169
+    text[19700 : 19700 + 169] = [128001] * 169  # within the last tokens' window: of 20000 keys they would be 1 %
     image = torch.randn(1, 3, 728, 728, generator=torch.Generator().manual_seed(4))
     out = list(generate(wide, [text], max_new_tokens=5, stop_ids=(), images=[{"pixel_values": image}]))
     blank = list(generate(wide, [text], max_new_tokens=5, stop_ids=(), images=[{"pixel_values": image * 0}]))

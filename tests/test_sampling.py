@@ -1,12 +1,23 @@
 """Sampling: the right distribution, from the right tokens, the same wherever a request is."""
 
+import importlib
+
 import pytest
 import torch
 
+import step_kernels as sk
 from step_kernels.model import sampling
-from step_kernels.model.sampling import Sampling, choose, gumbel, vocabulary_noise
+from step_kernels.model.sampling import Sampling, least_kept
 
+noise_of = importlib.import_module("step_kernels.ops.choose")  # step_kernels.ops.choose itself is the op
 CPU = torch.device("cpu")
+
+
+def choose(logits, temperature, top_p, top_k, key, position, work):
+    """As the decoder does, of rows that hold all requests in order."""
+    least = least_kept(logits, temperature, top_p, top_k) if work == 2 else None
+    rows = torch.arange(len(logits), device=logits.device)
+    return sk.choose(logits, position, rows, *((temperature, key, least) if work else ()))
 
 
 def draws(logits, temperature=1.0, top_p=1.0, top_k=0, seed=0, count=20000, work=None):
@@ -15,7 +26,7 @@ def draws(logits, temperature=1.0, top_p=1.0, top_k=0, seed=0, count=20000, work
     rows = torch.ones(count)
     return choose(
         logits.expand(count, -1), rows * temperature, rows * top_p, rows.long() * top_k, rows.long() * way.key(0),
-        torch.arange(count), vocabulary_noise(logits.shape[-1], CPU), way.work if work is None else work,
+        torch.arange(count), way.work if work is None else work,
     )  # fmt: skip
 
 
@@ -51,7 +62,7 @@ def test_a_flat_distribution_of_many_tokens_is_drawn_evenly():
 
 def test_noise_is_gumbels_and_rows_are_independent():
     keys = torch.tensor([Sampling(seed=s).key(r) for s in range(4) for r in range(4)])
-    noise = gumbel(keys, torch.arange(16) % 3, vocabulary_noise(50000, CPU)).double()
+    noise = noise_of.gumbel(keys, torch.arange(16) % 3, noise_of.vocabulary_noise(50000, CPU)).double()
     assert (noise.mean(-1) - 0.5772).abs().max() < 0.025 and (noise.var(-1) - 1.6449).abs().max() < 0.1
     assert (noise.corrcoef() - torch.eye(16)).abs().max() < 0.025  # five standard deviations are 0.022
     assert noise.isfinite().all()
@@ -59,8 +70,8 @@ def test_noise_is_gumbels_and_rows_are_independent():
 
 def test_every_word_of_the_hash_gives_finite_noise(monkeypatch):
     words = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 257, 2**32 - 2, 2**32 - 1])
-    monkeypatch.setattr(sampling, "_hash_", lambda x: words.expand(len(x), -1).clone() if x.dim() == 2 else x)
-    noise = gumbel(torch.tensor([0]), torch.tensor([0]), words)[0]
+    monkeypatch.setattr(noise_of, "hash_", lambda x: words.expand(len(x), -1).clone() if x.dim() == 2 else x)
+    noise = noise_of.gumbel(torch.tensor([0]), torch.tensor([0]), words)[0]
     assert noise.isfinite().all() and (noise.diff() <= 0).all() and noise[0] > 22
 
 
@@ -75,33 +86,34 @@ def test_hash_equals_that_of_32_bit_words():
         return x ^ x >> 16
 
     words = [0, 1, 77, 2**31, 2**32 - 1, *range(10**9, 4 * 10**9, 10**7)]
-    assert sampling._hash_(torch.tensor(words)).tolist() == [wanted(word) for word in words]
+    assert noise_of.hash_(torch.tensor(words)).tolist() == [wanted(word) for word in words]
 
 
 def test_greedy_rows_take_the_best_token_whatever_else_the_step_does():
     logits = random_logits(8, 3000)
-    rows, noise = torch.ones(8), vocabulary_noise(3000, CPU)
+    rows = torch.ones(8)
     for work in (0, 1, 2):
-        got = choose(logits, rows * 0, rows * 0.5, rows.long(), rows.long(), rows.long(), noise, work)
+        got = choose(logits, rows * 0, rows * 0.5, rows.long(), rows.long(), rows.long(), work)
         assert got.tolist() == logits.argmax(-1).tolist()
 
 
 def test_a_row_draws_the_same_whatever_the_other_rows_want():
-    logits, noise = random_logits(3, 3000), vocabulary_noise(3000, CPU)
+    logits = random_logits(3, 3000)
     temperature, top_p = torch.tensor([0.0, 1.0, 0.7]), torch.tensor([1.0, 1.0, 0.8])
     top_k, key, position = torch.tensor([0, 0, 40]), torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])
     for _ in range(20):
-        together = choose(logits, temperature, top_p, top_k, key, position, noise, 2)
+        together = choose(logits, temperature, top_p, top_k, key, position, 2)
         for row, work in enumerate((0, 1, 2)):
             one = (t[row : row + 1] for t in (logits, temperature, top_p, top_k, key, position))
-            assert choose(*one, noise, work).tolist() == [together[row].item()]
+            assert choose(*one, work).tolist() == [together[row].item()]
         position = position + 1
 
 
 def test_many_rows_draw_what_each_draws_alone(monkeypatch):
     logits = random_logits(1, 500)[0]
     wanted = draws(logits, 3.0, top_p=0.9, count=100)
-    monkeypatch.setattr(sampling, "_AT_ONCE", 3600)  # seven rows at a time
+    for module in (sampling, noise_of):
+        monkeypatch.setattr(module, "AT_ONCE", 3600)  # seven rows at a time
     assert torch.equal(draws(logits, 3.0, top_p=0.9, count=100), wanted) and wanted.unique().numel() > 5
 
 
@@ -137,9 +149,9 @@ def test_the_gpu_draws_what_the_cpu_draws(work):
     arguments = (
         logits, torch.rand(64) + 0.3, torch.rand(64) * 0.5 + 0.5, torch.arange(64) * 15,
         torch.tensor([Sampling(seed=3).key(r) for r in range(64)]), torch.arange(64, dtype=torch.int32) * 1000,
-        vocabulary_noise(128896, CPU),
     )  # fmt: skip
     wanted = choose(*arguments, work)
     got = choose(*(t.cuda() for t in arguments), work).cpu()
     assert (got != wanted).sum() <= 1, (got, wanted)  # a logarithm's last bit may turn a tie
-    assert torch.equal(vocabulary_noise(128896, torch.device("cuda")).cpu(), arguments[-1])
+    hashes = [noise_of.vocabulary_noise(128896, torch.device(device)).cpu() for device in ("cpu", "cuda")]
+    assert torch.equal(*hashes)

@@ -47,7 +47,9 @@ class WholeSequences:
             rope(normalized(x.unflatten(0, (self.batch, self.length)), norm, attention.eps), angle).to(x.dtype)
             for x, norm in ((q, attention.q_norm), (k, attention.k_norm))
         )
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v.unflatten(0, (self.batch, self.length))))
+        # v is a view of q, k and v's product: some of torch's kernels misread it (2.11 on an H200, bf16 with a mask)
+        v = v.contiguous().unflatten(0, (self.batch, self.length))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         behind = self.positions[:, None] - self.positions
         seen = behind >= 0
         if attention.layer.window is not None:

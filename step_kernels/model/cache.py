@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import kv_append, paged_attention
+from ..ops import decode_inputs, kv_append, paged_attention
 from .attention import Attention
 from .config import LayerConfig, StepConfig
 
@@ -119,17 +119,19 @@ class PagedCache:
             tensors[window] = upload(slots, self.device), group.on_device.index_select(0, rows)
         return CachedTokens(self, *(upload(t, self.device) for t in (positions, lengths, query_start)), tensors)
 
-    def next_tokens(self, rows: Tensor, positions: Tensor, padding: Tensor, query_start: Tensor) -> CachedTokens:
-        """The context of one token each of the requests `rows` (i64) at `positions` (i32), all on the device.
+    def next_tokens(
+        self, rows: Tensor, token: Tensor, position: Tensor, padding: Tensor, query_start: Tensor, embeddings: Tensor
+    ) -> tuple[Tensor, CachedTokens]:
+        """Embeddings and the context of one token each of the requests `rows` (i64), all on the device.
 
-        `padding` (i32) is 0, or -2^30 for a row whose keys and values are not to be written; query_start (i32) is
-        0, 1, 2 and so on. Nothing here is decided on the host. The pages are those that `settle` fixed.
+        `token` (i64) and `position` (i32) hold what every request feeds next, and where. `padding` (i64) is 0, or
+        -2^30 for a row whose keys and values are not to be written; query_start (i32) is 0, 1, 2 and so on. Nothing
+        here is decided on the host. The pages are those that `settle` fixed.
         """
-        columns = (positions // self.page_size).long()
-        offsets = positions % self.page_size + padding
-        slots = torch.add(offsets, self.tables[:, rows, columns], alpha=self.page_size)
-        groups = dict(zip(self.groups, zip(slots, self.tables.index_select(1, rows))))
-        return CachedTokens(self, positions, positions + 1, query_start, groups)
+        fed = decode_inputs(token, position, rows, padding, self.tables, self.page_size, embeddings)
+        hidden, positions, lengths, slots, tables = fed
+        groups = dict(zip(self.groups, zip(slots, tables)))
+        return hidden, CachedTokens(self, positions, lengths, query_start, groups)
 
 
 class CachedTokens:

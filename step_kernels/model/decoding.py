@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import choose
 from .cache import PagedCache, upload
 from .graph import capture
-from .sampling import Sampling, choose, vocabulary_noise
+from .sampling import Sampling, least_kept
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # rows of a graph; above, multiples of 32
 _UNWRITTEN = -(1 << 30)  # makes any slot negative
@@ -29,7 +30,6 @@ class Decoder:
         self.token, self.top_k, self.key = torch.zeros(3, requests + 1, dtype=torch.int64, device=device)
         self.temperature, self.top_p = torch.zeros(2, requests + 1, device=device)
         self.position = torch.zeros(requests + 1, dtype=torch.int32, device=device)
-        self.vocabulary = vocabulary_noise(model.config.vocab_size, device)
         self.rows = torch.zeros(3, most, dtype=torch.int64, device=device)
         self.query_start = torch.arange(most + 1, dtype=torch.int32, device=device)
         self.uploaded: tuple | None = None
@@ -49,9 +49,8 @@ class Decoder:
 
     def start(self, requests: list[int], logits: Tensor, positions: list[int]) -> Chosen:
         """The same; they are the next tokens to feed."""
-        tokens = self.choose(requests, logits, positions)
-        self.feed(requests, tokens, positions)
-        return Chosen(tokens)
+        rows, positions = (upload(torch.tensor(values), logits.device) for values in (requests, positions))
+        return Chosen(self._choose(rows, logits, positions, self._work(requests), rows))
 
     def feed(self, requests: list[int], tokens: Tensor, positions: list[int]) -> None:
         """Let these tokens (i64 [requests]) be the next to feed, at these positions."""
@@ -91,16 +90,21 @@ class Decoder:
     def _step(self, rows: int, work: int) -> Tensor:
         """Nothing here is decided on the host. Tokens i64 [rows]."""
         source, target, padding = self.rows[:, :rows]
-        context = self.cache.next_tokens(source, self.position[source], padding, self.query_start[: rows + 1])
-        hidden = self.model.trunk(self.model.embed_tokens[self.token[source]], context)
-        tokens = self._choose(source, self.model.logits(hidden), context.lengths, work)
-        self.token.index_copy_(0, target, tokens)
-        self.position.index_copy_(0, target, context.lengths)
-        return tokens
+        inputs = source, self.token, self.position, padding, self.query_start[: rows + 1], self.model.embed_tokens
+        hidden, context = self.cache.next_tokens(*inputs)
+        logits = self.model.logits(self.model.trunk(hidden, context))
+        return self._choose(source, logits, context.lengths, work, target)
 
-    def _choose(self, rows: Tensor, logits: Tensor, positions: Tensor, work: int) -> Tensor:
-        how = (t[rows] for t in (self.temperature, self.top_p, self.top_k, self.key)) if work else [None] * 4
-        return choose(logits, *how, positions, self.vocabulary, work)
+    def _choose(
+        self, rows: Tensor, logits: Tensor, positions: Tensor, work: int, targets: Tensor | None = None
+    ) -> Tensor:
+        """With `targets`, the tokens and their positions are the next to feed of the requests there."""
+        least = None
+        if work == 2:
+            least = least_kept(logits, *(t[rows] for t in (self.temperature, self.top_p, self.top_k)))
+        how = (self.temperature, self.key, least) if work else (None,) * 3
+        fed = (None,) * 3 if targets is None else (targets, self.token, self.position)
+        return choose(logits, positions, rows, *how, *fed)
 
     def _work(self, requests: list[int]) -> int:
         return max(self.work[request] for request in requests)

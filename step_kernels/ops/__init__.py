@@ -1,5 +1,7 @@
 """One file an op: what it computes, what it accepts, and which kernels serve it."""
 
+from .choose import choose
+from .decode_inputs import decode_inputs
 from .kv_append import kv_append
 from .linear import fp8_linear, linear
 from .moe_router import moe_router
@@ -14,6 +16,8 @@ from .swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",
+    "choose",
+    "decode_inputs",
     "fp8_linear",
     "kv_append",
     "linear",

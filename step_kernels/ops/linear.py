@@ -55,7 +55,7 @@ def _wide(x: Tensor, weight: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """[..., k], [n, k] of one type -> [..., n] in it or in out_dtype, summed in f32 (f64 for float64), rounded once.
 
-    The reference is torch's product, which also serves where many tokens share a read of the weight.
+    The reference is torch's product, which also serves where cuBLAS is faster: where many tokens share a weight's read.
     """
     if out_dtype is None or out_dtype == x.dtype:
         return F.linear(x, weight)
@@ -73,4 +73,4 @@ def fp8_linear(x: Tensor, codes: Tensor, scale: Tensor, out_dtype: torch.dtype |
     Activations are not quantized; e4m3 is exact in bf16, and rows are scaled after they are summed, as linear sums.
     """
     product = _wide(x, codes)
-    return (product * scale.to(product.dtype)).to(out_dtype or x.dtype)
+    return torch.mul(product, scale.to(product.dtype), out=product.new_empty(product.shape, dtype=out_dtype or x.dtype))
