@@ -1,8 +1,8 @@
 // out = scale * (x W^T) for e4m3 weights [n, k] with an f32 scale a row and up to 64 bf16 rows of x.
 //
 // Bytes: 1 a weight, once, and x's bf16 from L2 with them: 1/8 of their bytes for 4 tokens, 1/4 for 16, 2/3 for 64.
-// The tensor cores read codes and x from shared memory. x is split first, by a warpgroup of its own: x = 2^e (hi +
-// lo), hi in e4m3, lo in e5m2, e of the largest of a unit's k. bf16 has 8 significant bits, hi takes 4 and lo the
+// The tensor cores read codes and x from shared memory. x is split first, by a warpgroup of its own or, from 9 tokens
+// on, by a kernel ahead: x = 2^e (hi + lo), hi in e4m3, lo in e5m2, e of the largest of a unit's k. bf16 has 8 significant bits, hi takes 4 and lo the
 // rest: exact down to 2^-13 of that largest, with an error of at most 2^-21 of it below. A hi + A lo stay in the
 // tensor core, whose sums keep some 13 bits, for 128 k; then they go, times 2^e, to f32: an error of 3.5e-4 by a
 // model. With up to four tokens hi and 16 lo, in e4m3, are columns of one product.
@@ -17,16 +17,17 @@ struct Tile {
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kBoxes = kGroups == 1 ? 2 : 1;  // of a unit, 128 k each
   static constexpr int kUnitK = 128 * kBoxes;
-  static constexpr int kMath = kGroups * kWarpgroup, kConverters = kWarpgroup;
-  static constexpr int kFetcher = kMath + kConverters, kThreads = kFetcher + 32;
+  static constexpr int kMath = kGroups * kWarpgroup, kConverters = kTokens <= 8 ? kWarpgroup : 0;
+  static constexpr int kFetcher = kMath + kConverters, kFetcherX = kFetcher + 32, kThreads = kFetcher + 64;
   static constexpr bool kScaled = true;
   static constexpr int kWeightBox = kRows * 128, kHalf = kTokens * 128;  // bytes of 128 k; kHalf: hi, and as many lo
   static constexpr int kX = kBoxes * kWeightBox;                         // where x begins in a stage
-  static constexpr int kUnitBytes = kX + kBoxes * 2 * kHalf;             // as bf16 x takes no less
-  static constexpr int kStages = kTokens == 4 ? 6 : kTokens == 32 ? 4 : 5;
-  static constexpr int kBlocks = kTokens == 64 ? 1 : 2;  // on a multiprocessor: this kernel's and the next one's
-  static constexpr int kAtOnce = kTokens <= 16 ? 4 : 1;
-  static constexpr int kBytes = 1024 + kStages * (kUnitBytes + 24 + 4 * kTokens);
+  static constexpr int kFactors = kX + kBoxes * 2 * kHalf;               // as bf16 x takes no less
+  static constexpr int kXBytes = kFactors - kX + (kConverters ? 0 : 4 * kTokens), kUnitBytes = kFactors + 1024;
+  static constexpr int kStages = kTokens <= 16 ? 10 : kTokens == 32 ? 8 : 5, kInFlight = kTokens == 64 ? 5 : 6;
+  static constexpr int kBlocks = 1;  // on a multiprocessor: this kernel's and the next one's
+  static constexpr int kAtOnce = kTokens <= 32 ? 4 : 2;
+  static constexpr int kBytes = 1024 + kStages * (kUnitBytes + 32);
   static_assert(kBytes <= (kBlocks == 1 ? 227 : 113) * 1024);
 
   static __device__ void copy_weights(const Maps& maps, u32 stage, int row, int unit, u32 barrier) {
@@ -34,8 +35,11 @@ struct Tile {
     for (int i = 0; i < kBoxes; ++i)
       copy_box(stage + i * kWeightBox, &maps.weight, (unit * kBoxes + i) * 128, row * kRows, barrier);
   }
-  static __device__ void copy_x(const Maps& maps, u32 stage, int unit, u32 barrier) {
-    copy_box(stage + kX, &maps.x, unit * kUnitK, 0, barrier);  // [kTokens, kUnitK], not swizzled
+  static __device__ void copy_x(const Maps& maps, const Problem& problem, u32 stage, int unit, u32 barrier) {
+    copy_box(stage + kX, &maps.x, unit * kUnitK, 0, barrier);  // bf16 [kTokens, kUnitK], not swizzled, or hi
+    if (kConverters) return;
+    copy_box(stage + kX + kHalf, &maps.x, unit * kUnitK, kTokens, barrier);
+    copy_bulk(stage + kFactors, reinterpret_cast<const u8*>(problem.factor + unit * kTokens), 4 * kTokens, barrier);
   }
 };
 
@@ -74,6 +78,36 @@ __device__ inline Halves split(const uint4& x, int e) {
   return halves;
 }
 
+__device__ inline u32 largest_of(const uint4& x) {
+  u32 largest = 0;
+#pragma unroll
+  for (const u32 word : {x.x, x.y, x.z, x.w}) largest = max(largest, max(word & 0x7FFFu, word >> 16 & 0x7FFFu));
+  return largest;
+}
+
+// x [m, k], rows `stride` apart, to codes [2, tokens, k], hi and then lo, and factors [(k + 127) / 128, tokens]. Half a
+// warp takes 128 k of a token. What is of no token stays as it was: it is a column of its own, which nobody reads.
+extern "C" __global__ void __launch_bounds__(kWarpgroup)
+    sm90_fp8_linear_split(const u16* x, i64 stride, u8* codes, float* factors, int m, int k, int tokens) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int units = (k + 127) / 128, part = blockIdx.x * (kWarpgroup / 16) + threadIdx.x / 16;
+  const int token = part / units, unit = part - token * units, column = unit * 128 + threadIdx.x % 16 * 8;
+  const bool inside = token < m && column < k;
+  // From L2: with programmatic launch L1 could hold what was there before the kernel that wrote x.
+  const uint4 v = inside ? __ldcg(reinterpret_cast<const uint4*>(x + token * stride + column)) : make_uint4(0, 0, 0, 0);
+  u32 largest = largest_of(v);
+#pragma unroll
+  for (int step = 8; step > 0; step /= 2) largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, step));
+  if (!inside) return;
+  const int e = max(static_cast<int>(largest >> 7), 8);
+  const Halves halves = split<false>(v, e);
+  const i64 at = static_cast<i64>(token) * k + column;
+  *reinterpret_cast<uint2*>(codes + at) = make_uint2(halves.hi[0], halves.hi[1]);
+  *reinterpret_cast<uint2*>(codes + static_cast<i64>(tokens) * k + at) = make_uint2(halves.lo[0], halves.lo[1]);
+  if (threadIdx.x % 16 == 0) factors[unit * tokens + token] = __uint_as_float((e - 7) << 23);
+}
+
 // The converters' work: x of each stage from bf16 [kTokens, kUnitK] to [kBoxes] x {hi, lo} of [kTokens, 128], swizzled,
 // in the same place, and a factor 2^e a token.
 template <class T>
@@ -86,7 +120,7 @@ __device__ inline void convert_all(const Ring<T>& ring, int units, int m) {
   int stage = 0;
   u32 parity = 0;
   for (int i = 0; i < units; ++i) {
-    wait_for_copies(ring.filled + 8 * stage, parity);
+    wait_for_copies(ring.has_x + 8 * stage, parity);
     const u32 x = ring.stages + stage * T::kUnitBytes + T::kX;
     uint4 raw[kPasses];
 #pragma unroll
@@ -97,10 +131,7 @@ __device__ inline void convert_all(const Ring<T>& ring, int units, int m) {
     for (int p = 0; p < kPasses; ++p) {
       const int token = token0 + p * kWarps * kTogether;
       if (p * kWarps * kTogether + (warp * kTogether & ~1) >= m) continue;  // the same for the warp, in pairs
-      const u32 words[4] = {raw[p].x, raw[p].y, raw[p].z, raw[p].w};
-      u32 largest = 0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) largest = max(largest, max(words[j] & 0x7FFFu, words[j] >> 16 & 0x7FFFu));
+      u32 largest = largest_of(raw[p]);
 #pragma unroll
       for (int step = kLanes / 2; step > 0; step /= 2)
         largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, step));
@@ -110,7 +141,7 @@ __device__ inline void convert_all(const Ring<T>& ring, int units, int m) {
       const u32 lo = T::kJoined ? (hi ^ 4 << 4) + T::kHalf : hi + T::kHalf;  // joined, the row of lo is token + 4
       store_shared_2(hi, halves.hi[0], halves.hi[1]);
       store_shared_2(lo, halves.lo[0], halves.lo[1]);
-      if (eighth == 0) store_factor(ring.factors + (stage * T::kTokens + token) * 4, __uint_as_float((e - 7) << 23));
+      if (eighth == 0) store_factor(x + T::kFactors - T::kX + token * 4, __uint_as_float((e - 7) << 23));
     }
     show_to_engines();
     __syncwarp();
@@ -145,12 +176,17 @@ template <class T>
 __device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_all) {
   const Line line = Line::of<T>(problem);
   const Ring<T> ring(s_all);
-  if (threadIdx.x == T::kFetcher) fetch_ahead<T>(maps, ring, line);
+  if (threadIdx.x == T::kFetcher) make_barriers<T>(maps, ring);
   __syncthreads();
+  if (threadIdx.x == T::kFetcher) {
+    fetch_weights<T>(maps, ring, line);
+    return;
+  }
   wait_for_previous_kernel();  // every thread: parts are read and written by all
   if (threadIdx.x >= T::kMath) {
-    if (threadIdx.x < T::kFetcher) convert_all<T>(ring, line.end - line.begin, problem.m);
-    if (threadIdx.x == T::kFetcher) fetch_rest<T>(maps, ring, line);
+    if constexpr (T::kConverters > 0)
+      if (threadIdx.x < T::kFetcher) convert_all<T>(ring, line.end - line.begin, problem.m);
+    if (threadIdx.x == T::kFetcherX) fetch_x<T>(maps, problem, ring, line);
     return;
   }
 
@@ -164,7 +200,7 @@ __device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_al
     for (int i = 0; i < T::kColumns / 2; ++i) total[i] = 0.0f;
     for (; at < stop; ++at) {
       wait_for_copies(ring.filled + 8 * stage, parity);
-      wait_for_copies(ring.ready + 8 * stage, parity);
+      wait_for_copies((T::kConverters ? ring.ready : ring.has_x) + 8 * stage, parity);
       // The shuffle tells ptxas that a warp's is one: descriptors stay in uniform registers, half the instructions.
       const u32 from = __shfl_sync(0xFFFFFFFFu, ring.stages + stage * T::kUnitBytes, 0);
       const u64 weights = tile_descriptor(from + group * 64 * 128), x = tile_descriptor(from + T::kX);
@@ -181,7 +217,7 @@ __device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_al
         }
         commit_products();
       }
-      const u32 factors = ring.factors + (stage * T::kTokens + threadIdx.x % 4 * 2 % T::kTokens) * 4;
+      const u32 factors = from + T::kFactors + threadIdx.x % 4 * 2 % T::kTokens * 4;
 #pragma unroll
       for (int i = 0; i < T::kBoxes; ++i) {
         if (i == T::kBoxes - 1) wait_for_products<0>();
@@ -210,10 +246,11 @@ __device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_al
 
 #define VARIANT(tokens)                                                                                               \
   extern "C" __global__ void __launch_bounds__(Tile<tokens>::kThreads, Tile<tokens>::kBlocks)                         \
-      sm90_fp8_linear_t##tokens(const float* scale, void* out, float4* partial, int m, int n, int units, int wide,    \
+      sm90_fp8_linear_t##tokens(const float* scale, const float* factor, void* out, float4* partial, int m, int n,    \
+                                int units, int wide,                                                                  \
                                 const __grid_constant__ Maps maps) {                                                  \
     extern __shared__ u8 s_all[];                                                                                     \
-    linear<Tile<tokens>>(maps, Problem{m, n, units, wide != 0, out, partial, scale}, s_all);                          \
+    linear<Tile<tokens>>(maps, Problem{m, n, units, wide != 0, out, partial, scale, factor}, s_all);                          \
   }
 
 VARIANT(4)

@@ -10,24 +10,24 @@ struct Tile {
   static constexpr int kGroups = kTokens == 8 ? 1 : 2;  // warpgroups of 64 rows that share the tokens
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kBoxes = 2 / kGroups;  // of a unit, 64 k each
-  static constexpr int kMath = kGroups * kWarpgroup, kConverters = 0, kFetcher = kMath, kThreads = kMath + 32;
+  static constexpr int kMath = kGroups * kWarpgroup, kConverters = 0, kFetcher = kMath, kFetcherX = kMath + 32, kThreads = kMath + 64;
   static constexpr bool kScaled = false;
   static constexpr int kWeightBox = kRows * 128, kBox = kTokens * 128;
-  static constexpr int kUnitBytes = kBoxes * (kWeightBox + kBox);
-  static constexpr int kStages = kTokens <= 16 ? 6 : kTokens == 32 ? 5 : 4;
+  static constexpr int kX = kBoxes * kWeightBox, kXBytes = kBoxes * kBox, kUnitBytes = kX + kXBytes;
+  static constexpr int kStages = kTokens <= 16 ? 12 : kTokens == 32 ? 10 : 9, kInFlight = 6;
   static constexpr int kAtOnce = kTokens <= 16 ? 4 : kTokens == 32 ? 2 : 1;
-  static constexpr int kBytes = 1024 + kStages * (kUnitBytes + 16);
-  static_assert(kBytes <= 113 * 1024);  // two on a multiprocessor: this kernel's and the next one's
+  static constexpr int kBytes = 1024 + kStages * (kUnitBytes + 24);
+  static_assert(kBytes <= 227 * 1024);
 
   static __device__ void copy_weights(const Maps& maps, u32 stage, int row, int unit, u32 barrier) {
 #pragma unroll
     for (int i = 0; i < kBoxes; ++i)
       copy_box(stage + i * kWeightBox, &maps.weight, (unit * kBoxes + i) * 64, row * kRows, barrier);
   }
-  static __device__ void copy_x(const Maps& maps, u32 stage, int unit, u32 barrier) {
+  static __device__ void copy_x(const Maps& maps, const Problem&, u32 stage, int unit, u32 barrier) {
 #pragma unroll
     for (int i = 0; i < kBoxes; ++i)
-      copy_box(stage + kBoxes * kWeightBox + i * kBox, &maps.x, (unit * kBoxes + i) * 64, 0, barrier);
+      copy_box(stage + kX + i * kBox, &maps.x, (unit * kBoxes + i) * 64, 0, barrier);
   }
 };
 
@@ -47,11 +47,15 @@ template <class T>
 __device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_all) {
   const Line line = Line::of<T>(problem);
   const Ring<T> ring(s_all);
-  if (threadIdx.x == T::kFetcher) fetch_ahead<T>(maps, ring, line);
+  if (threadIdx.x == T::kFetcher) make_barriers<T>(maps, ring);
   __syncthreads();
+  if (threadIdx.x == T::kFetcher) {
+    fetch_weights<T>(maps, ring, line);
+    return;
+  }
   wait_for_previous_kernel();  // every thread: parts are read and written by all
   if (threadIdx.x >= T::kMath) {
-    if (threadIdx.x == T::kFetcher) fetch_rest<T>(maps, ring, line);
+    if (threadIdx.x == T::kFetcherX) fetch_x<T>(maps, problem, ring, line);
     return;
   }
 
@@ -66,10 +70,11 @@ __device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_al
     int before = -1;  // the stage whose products may still be in flight
     for (; at < stop; ++at) {
       wait_for_copies(ring.filled + 8 * stage, parity);
+      wait_for_copies(ring.has_x + 8 * stage, parity);
       // The shuffle tells ptxas that a warp's is one: descriptors stay in uniform registers, half the instructions.
       const u32 from = __shfl_sync(0xFFFFFFFFu, ring.stages + stage * T::kUnitBytes, 0);
       const u64 weights = tile_descriptor(from + group * 64 * 128);
-      const u64 x = tile_descriptor(from + T::kBoxes * T::kWeightBox);
+      const u64 x = tile_descriptor(from + T::kX);
       begin_products();
 #pragma unroll
       for (int i = 0; i < T::kBoxes; ++i)
@@ -90,11 +95,11 @@ __device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_al
 }
 
 #define VARIANT(tokens)                                                                                               \
-  extern "C" __global__ void __launch_bounds__(Tile<tokens>::kThreads, 2)                                             \
+  extern "C" __global__ void __launch_bounds__(Tile<tokens>::kThreads, 1)                                             \
       sm90_linear_t##tokens(void* out, float4* partial, int m, int n, int units, int wide,                            \
                             const __grid_constant__ Maps maps) {                                                      \
     extern __shared__ u8 s_all[];                                                                                     \
-    linear<Tile<tokens>>(maps, Problem{m, n, units, wide != 0, out, partial, nullptr}, s_all);                        \
+    linear<Tile<tokens>>(maps, Problem{m, n, units, wide != 0, out, partial, nullptr, nullptr}, s_all);                        \
   }
 
 VARIANT(8)

@@ -3,16 +3,19 @@
 // Work is a line of units (kRows rows x kUnitK k), row after row of them; each block takes an equal share of it, one
 // block a multiprocessor, through a ring of stages that one thread keeps full. The weights of a block's first stages
 // are asked for before the kernel ahead has ended. A block lets the next kernel start when it has asked for its last
-// unit: memory is busy with the next weights while this kernel's last sums are added. Of a row that blocks share,
+// unit: memory is busy with the next weights while this kernel's last sums are added. Only as many are under way as
+// keep the memory busy, for what comes last, x, waits behind them. Of a row that blocks share,
 // the one with its first unit adds the others' parts in order, as common/nvfp4_sm90_decode.cuh does.
 //
 // T: what a kernel's tile is.
-//   kColumns, kRows, kUnitBytes, kStages
-//   kMath                    threads that multiply, the first of the block's; kFetcher asks for copies
+//   kColumns, kRows, kStages
+//   kX, kXBytes, kUnitBytes  bytes of a stage's weights, which lie first, of x's copies, of the stage
+//   kInFlight                stages of weights that are asked for together
+//   kMath                    threads that multiply, the first of the block's; kFetcher asks for weights, kFetcherX for x
 //   kConverters              threads that x passes through before it is multiplied, or 0
 //   kScaled                  whether rows have a scale
 //   kAtOnce                  others' parts asked for together
-//   copy_weights(maps, stage, row, unit, barrier), copy_x(maps, stage, unit, barrier)
+//   copy_weights(maps, stage, row, unit, barrier), copy_x(maps, problem, stage, unit, barrier)
 #pragma once
 #include "common/nvfp4_sm90_decode.cuh"
 
@@ -21,7 +24,7 @@ struct alignas(64) TensorMap {
 };
 struct Maps {
   TensorMap weight;  // [n, k] in boxes of kRows x 128 bytes, swizzled by these, zeros outside
-  TensorMap x;       // bf16 [m, k] in boxes of as many tokens as fit, zeros outside
+  TensorMap x;       // [m, k] in boxes of as many tokens as fit, zeros outside
 };
 
 struct Problem {
@@ -30,6 +33,7 @@ struct Problem {
   void* out;           // [m, n]
   float4* partial;     // [blocks, kColumns / 8, kMath], absent before and after
   const float* scale;  // [n] or null
+  const float* factor;  // of x where it comes converted, or null
 };
 
 // ---- copies and barriers ----
@@ -92,13 +96,13 @@ struct Line {
 
 template <class T>
 struct Ring {
-  u32 stages, filled, used, ready, factors;  // the last two only where x is converted
+  u32 stages, filled, has_x, used, ready;  // the last only where x is converted
   __device__ explicit Ring(u8* s_all) {
     stages = (shared_address(s_all) + 1023) & ~1023u;
     filled = stages + T::kStages * T::kUnitBytes;
-    used = filled + 8 * T::kStages;
+    has_x = filled + 8 * T::kStages;
+    used = has_x + 8 * T::kStages;
     ready = used + 8 * T::kStages;
-    factors = ready + 8 * T::kStages;
   }
 };
 
@@ -106,40 +110,54 @@ __device__ inline void next_unit(const Line& line, int& row, int& unit) {
   if (++unit == line.units) unit = 0, ++row;
 }
 
-// The fetcher's part before the kernel ahead has ended: barriers, and the weights of the first stages.
 template <class T>
-__device__ inline void fetch_ahead(const Maps& maps, const Ring<T>& ring, const Line& line) {
+__device__ inline void make_barriers(const Maps& maps, const Ring<T>& ring) {
   prefetch_map(&maps.weight);
   prefetch_map(&maps.x);
   for (int i = 0; i < T::kStages; ++i) {
     make_barrier(ring.filled + 8 * i, 1);
+    make_barrier(ring.has_x + 8 * i, 1);
     make_barrier(ring.used + 8 * i, T::kMath / 32);
     if (T::kConverters) make_barrier(ring.ready + 8 * i, T::kConverters / 32);
   }
   show_to_engines();
-  int row = line.begin / line.units, unit = line.begin - row * line.units;
-  for (int i = 0; i < min(line.end - line.begin, T::kStages); ++i, next_unit(line, row, unit)) {
-    expect_copies(ring.filled + 8 * i, T::kUnitBytes);  // x too: the stage is not filled before
-    T::copy_weights(maps, ring.stages + i * T::kUnitBytes, row, unit, ring.filled + 8 * i);
-  }
 }
 
-// And after: their x, then all other units.
+// Nobody writes weights: they are asked for whether or not the kernel ahead has ended.
 template <class T>
-__device__ inline void fetch_rest(const Maps& maps, const Ring<T>& ring, const Line& line) {
-  int row = line.begin / line.units, unit = line.begin - row * line.units, i = line.begin;
-  for (int stage = 0; i < line.end && stage < T::kStages; ++i, ++stage, next_unit(line, row, unit))
-    T::copy_x(maps, ring.stages + stage * T::kUnitBytes, unit, ring.filled + 8 * stage);
-  u32 parity = 0;
-  for (int stage = 0; i < line.end; ++i, next_unit(line, row, unit)) {
-    const u32 to = ring.stages + stage * T::kUnitBytes, filled = ring.filled + 8 * stage;
-    wait_for_copies(ring.used + 8 * stage, parity);
-    expect_copies(filled, T::kUnitBytes);
-    T::copy_weights(maps, to, row, unit, filled);
-    T::copy_x(maps, to, unit, filled);
+__device__ inline void fetch_weights(const Maps& maps, const Ring<T>& ring, const Line& line) {
+  const int units = line.end - line.begin;
+  int row = line.begin / line.units, unit = line.begin - row * line.units;
+  int stage = 0, landed = 0;
+  u32 parity = 1, landed_parity = 0;
+  for (int i = 0; i < units; ++i, next_unit(line, row, unit)) {
+    const u32 filled = ring.filled + 8 * stage;
+    if (i >= T::kStages) wait_for_copies(ring.used + 8 * stage, parity);
+    if (i >= T::kInFlight) {
+      wait_for_copies(ring.filled + 8 * landed, landed_parity);
+      if (++landed == T::kStages) landed = 0, landed_parity ^= 1;
+    }
+    expect_copies(filled, T::kX);
+    T::copy_weights(maps, ring.stages + stage * T::kUnitBytes, row, unit, filled);
     if (++stage == T::kStages) stage = 0, parity ^= 1;
   }
+  wait_for_previous_kernel();
   let_next_kernel_start();
+}
+
+template <class T>
+__device__ inline void fetch_x(const Maps& maps, const Problem& problem, const Ring<T>& ring, const Line& line) {
+  const int units = line.end - line.begin;
+  int unit = line.begin % line.units, stage = 0;
+  u32 parity = 1;
+  for (int i = 0; i < units; ++i) {
+    const u32 has_x = ring.has_x + 8 * stage;
+    if (i >= T::kStages) wait_for_copies(ring.used + 8 * stage, parity);
+    expect_copies(has_x, T::kXBytes);
+    T::copy_x(maps, problem, ring.stages + stage * T::kUnitBytes, unit, has_x);
+    if (++unit == line.units) unit = 0;
+    if (++stage == T::kStages) stage = 0, parity ^= 1;
+  }
 }
 
 // ---- sums ----

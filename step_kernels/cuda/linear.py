@@ -12,10 +12,9 @@ from torch import Tensor
 from .driver import Kernel
 
 MOST_TOKENS = 64
-# What goes to cuBLAS in bf16, which an H200 has faster: 10304x4096 in 26.3 us (ours 27.8) at 1 token, 22528x4096 in 47
-# (49.4), and from 16 tokens on all, 4096x12288 in 30.8 (31.8), 4096x1280 in 6.1 (7.2). Below: 4096x12288 32.0 (29.4),
-# 4096x1280 5.9 (4.9). f32 outputs, which are the vocabulary's, stay.
-FAST_TOKENS, FAST_ROWS = 8, 8192
+# More go to cuBLAS in bf16, which an H200 has faster: at 64 tokens a decode step of 6 layers took 2.81 ms here, 2.72 there.
+# f32 outputs, which are the vocabulary's, stay: 64 tokens take 267 us, cuBLAS 293.
+FAST_TOKENS = 8
 MOST_SUMS = 64 * 192  # that a block may leave to another
 _PARAMETERS = "PPiiii" + 32 * "q"  # the tensor maps are one parameter, of which the driver takes the first q's address
 _ABSENT = -1  # no sum has these bits
@@ -35,26 +34,32 @@ class Variant:
     @functools.cached_property
     def kernel(self) -> Kernel:
         source = "sm90_fp8_linear" if self.fp8 else "sm90_linear"
-        parameters = "P" * self.fp8 + _PARAMETERS
+        parameters = "PP" * self.fp8 + _PARAMETERS
         return Kernel(source, f"{source}_t{self.tokens}", parameters, self.shared_bytes, dependent=True)
 
     @property
     def shared_bytes(self) -> int:
         """Alignment, and of each stage weights, x as bf16, barriers, for FP8 factors of x."""
-        weight, more = (self.rows, 24 + 4 * self.tokens) if self.fp8 else (2 * self.rows, 16)
+        weight, more = (self.rows, 1024 + 32) if self.fp8 else (2 * self.rows, 24)
         return 1024 + self.stages * (self.unit_k * (weight + 2 * self.tokens) + more)
 
     @property
     def threads(self) -> int:
-        """Two a row multiply, a warp fetches, a warpgroup splits x for FP8."""
-        return 2 * self.rows + 32 + 128 * self.fp8
+        """Two a row multiply, two warps fetch, a warpgroup splits x for FP8 unless that was done before."""
+        return 2 * self.rows + 64 + 128 * (self.fp8 and not self.split)
+
+    @property
+    def split(self) -> bool:
+        """Whether x comes split: so many tokens' would take every block longer than their weights."""
+        return self.fp8 and self.tokens > 8
 
 
-BF16 = (Variant(8, 64, 128, 6), Variant(16, 128, 64, 6), Variant(32, 128, 64, 5), Variant(64, 128, 64, 4))
+BF16 = (Variant(8, 64, 128, 12), Variant(16, 128, 64, 12), Variant(32, 128, 64, 10), Variant(64, 128, 64, 9))
 FP8 = (
-    Variant(4, 64, 256, 6, True), Variant(8, 64, 256, 5, True), Variant(16, 128, 128, 5, True),
-    Variant(32, 128, 128, 4, True), Variant(64, 192, 128, 5, True),
+    Variant(4, 64, 256, 10, True), Variant(8, 64, 256, 10, True), Variant(16, 128, 128, 10, True),
+    Variant(32, 128, 128, 8, True), Variant(64, 192, 128, 5, True),
 )  # fmt: skip
+SPLIT = Kernel("sm90_fp8_linear", "sm90_fp8_linear_split", "PqPPiii", dependent=True)
 
 
 def cannot(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> str | None:
@@ -69,9 +74,9 @@ def cannot(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> s
 
 def refuse(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> str | None:
     """Why the kernel does not take linear's arguments or leaves them to cuBLAS, or None."""
-    tokens, rows = x.numel() // max(1, x.shape[-1]), len(weight)
-    if out_dtype != torch.float32 and (tokens > FAST_TOKENS or rows > FAST_ROWS):
-        return f"is the faster up to {FAST_TOKENS} tokens and {FAST_ROWS} rows, got {tokens} and {rows}"
+    tokens = x.numel() // max(1, x.shape[-1])
+    if out_dtype != torch.float32 and tokens > FAST_TOKENS:
+        return f"is the faster up to {FAST_TOKENS} tokens, got {tokens}"
     return cannot(x, weight, out_dtype)
 
 
@@ -100,14 +105,27 @@ def _launch(variants, x, weight, scale, out_dtype) -> Tensor:
     variant = next(v for v in variants if v.tokens >= len(x))
     units = -(-k // variant.unit_k)  # of a row of them
     blocks = min(multiprocessors(x.device.index), -(-n // variant.rows) * units)
-    x_box = variant.unit_k if variant.fp8 else 64  # x to be split is not swizzled
+    shape, x_columns, swizzled, factor = (len(x), n, units, int(out.dtype == torch.float32)), 64, True, ()
+    if variant.split:
+        x, *factor = _split(x, variant.tokens)
+        x_columns = 128
+    elif variant.fp8:  # x to be split is not swizzled
+        x_columns, swizzled, factor = variant.unit_k, False, (0,)
     maps = (
         *tensor_map(*_layout(weight), 128 // weight.itemsize, variant.rows, True),
-        *tensor_map(*_layout(x), x_box, variant.tokens, not variant.fp8),
+        *tensor_map(*_layout(x), x_columns, variant.tokens, swizzled),
     )
-    shape = (len(x), n, units, int(out.dtype == torch.float32))
-    variant.kernel.launch((blocks, 1, 1), variant.threads, *scale, out, parts(x.device), *shape, *maps)
+    variant.kernel.launch((blocks, 1, 1), variant.threads, *scale, *factor, out, parts(x.device), *shape, *maps)
     return out
+
+
+def _split(x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """bf16 [m, k] -> x in two, u8 [2 tokens, k], and f32 factors of 128 k [ceil(k / 128), tokens]."""
+    m, k = x.shape
+    units = -(-k // 128)
+    codes, factors = x.new_empty(2 * tokens, k, dtype=torch.uint8), x.new_empty(units, tokens, dtype=torch.float32)
+    SPLIT.launch((-(-m * units // 8), 1, 1), 128, x, x.stride(0), codes, factors, m, k, tokens)
+    return codes, factors
 
 
 def parts(device: torch.device) -> Tensor:
