@@ -21,6 +21,8 @@ from step_kernels.model import CheckpointError, Step3p7, moe
 from step_kernels.model.cache import PagedCache
 from step_kernels.model.decoding import Decoder
 from step_kernels.model.graph import refusal
+from step_kernels.model.memory import CHUNK
+from step_kernels.model.synthetic import RECIPES, ROUTERS
 
 from . import timing
 from .release import released_config
@@ -187,10 +189,11 @@ def image(model, crops: int) -> float:
     return seconds(lambda: model.image_features(whole, parts, [crops]), 3) * 1000
 
 
-def measure(model, chunk: int) -> dict:
+def measure(model, options: argparse.Namespace) -> dict:
     """Everything, printed as it comes."""
-    config = model.config
-    result = {**machine(), "gpu": torch.cuda.get_device_name(), "layers": config.num_layers}
+    config, chunk = model.config, options.chunk
+    weights = str(options.checkpoint) if options.checkpoint else f"random, {options.recipe}, router {options.router}"
+    result = {**machine(), "gpu": torch.cuda.get_device_name(), "layers": config.num_layers, "weights": weights}
     result |= {"memory_tb_s": timing.memory_ceiling() / 1e12, "matrix_tflop_s": timing.matrix_ceiling() / 1e12}
     print(f"{result['gpu']}, {config.num_layers} layers of {config.hidden_size}, weights and all "
           f"{torch.cuda.memory_allocated() / 1e9:.1f} GB; {result['memory_tb_s']:.2f} TB/s, "
@@ -250,7 +253,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--layers", type=int, default=6, metavar="N", help="trunk layers of random weights (default: 6)"
     )
-    parser.add_argument("--chunk", type=int, default=8192, metavar="N", help="prompt tokens a step (default: 8192)")
+    parser.add_argument("--recipe", choices=RECIPES, default="experts", help="of random weights (default: experts)")
+    parser.add_argument("--router", choices=ROUTERS, default="balanced", help="of random weights (default: balanced)")
+    parser.add_argument(
+        "--chunk", type=int, default=CHUNK, metavar="N", help=f"prompt tokens a step (default: {CHUNK})"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there (.svg or .png)")
     options = parser.parse_args(arguments)
@@ -260,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--chunk: got {options.chunk}, wanted at least 1")
     try:
         timing.require_gpu()
-        result = measure(_model(options), options.chunk)
+        result = measure(_model(options), options)
     except (CheckpointError, timing.NoGPU) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -276,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _model(options: argparse.Namespace) -> Step3p7:
     if options.checkpoint:
         return Step3p7.from_pretrained(options.checkpoint, progress=True)
-    return Step3p7.random(released_config(options.layers))
+    return Step3p7.random(released_config(options.layers), recipe=options.recipe, router=options.router)
 
 
 if __name__ == "__main__":

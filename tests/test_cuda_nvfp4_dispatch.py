@@ -29,12 +29,12 @@ tokens      1  2  3  4  5  8  9       16      17      32      33      64      12
 """
 
 EXPERTS = """
-tokens   1   2   3  4  5  8  16 21 22 32 64 65        128       256       512       1024      2048   4096    8192
-288x1280 few few t2 t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
-288x640  few few t2 t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
-288x320  few few t2 t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
-288x160  few few t2 t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
-36x1280  few few t4 t4 t4 t4 t8 t8 t8 t8 t8 halves_32 halves_48 few_96    few_128   256       256    256     256
+tokens   1   2   3  4  5  8  10 11 16 32 33        64        128       256       512       1024      2048   4096    8192
+288x1280 few few t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
+288x640  few few t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
+288x320  few few t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
+288x160  few few t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
+36x1280  few few t4 t4 t4 t4 t8 t8 t8 t8 halves_32 halves_32 halves_48 few_96    few_128   256       256    256     256
 """
 
 

@@ -132,7 +132,7 @@ def test_two_tokens_with_every_kind_of_id(real):
 
 
 @gpu
-@pytest.mark.parametrize("tokens", [1, 2, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 32])
 def test_partial_sums_are_absent_again_after_every_call(real, tokens):
     from step_kernels.cuda.nvfp4_linear import partials
 
@@ -142,8 +142,8 @@ def test_partial_sums_are_absent_again_after_every_call(real, tokens):
 
 
 @gpu
-@pytest.mark.parametrize("tokens", [40, 64])
-def test_repeated_ids_sort_in_any_order_of_512_pairs(real, tokens):
+@pytest.mark.parametrize("tokens", [20, 32])
+def test_repeated_ids_sort_in_any_order_of_256_pairs(real, tokens):
     x, weights, ids = routing(tokens, 32, 8, 4096)
     ids[:] = torch.randint(-1, 3, ids.shape, generator=torch.Generator().manual_seed(0)).int()
     ids[::5] = 31
@@ -159,7 +159,7 @@ def test_no_tokens_and_no_choices():
 
 
 @gpu
-@pytest.mark.parametrize("tokens", [65, 300])
+@pytest.mark.parametrize("tokens", [33, 65, 300])
 def test_more_pairs_than_a_block_sorts_go_to_the_prefill_kernels(real, tokens):
     check(routing(tokens, 32, 8, 4096), *real, 7.0)
 

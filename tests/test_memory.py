@@ -73,9 +73,9 @@ def test_recipes_take_what_their_formats_take(released):
 
 def test_cache_is_24576_bytes_a_token_and_the_windows_pages(released):
     assert released.bytes_a_token == 12 * 2 * 8 * 128 == 24_576
-    # 36 layers of 2048 bytes a token: ceil-free pages of 64 for 511 + 3 positions behind a token, and a chunk's 33
+    # 36 layers of 2048 bytes a token: ceil-free pages of 64 for 511 + 3 positions behind a token, and a chunk's 65
     alive = (514 + 3 - 1) // 64 + 2
-    assert released.window_cache == 36 * 2048 * 64 * (alive + 2048 // 64 + 1)
+    assert released.window_cache == 36 * 2048 * 64 * (alive + 4096 // 64 + 1)
     assert released.cache == LONGEST * 24_576 + released.window_cache
 
 
@@ -102,7 +102,7 @@ def test_workspace_is_the_widest_of_a_chunk_or_of_eight_views_and_logits(release
 def test_an_h200_holds_the_released_model_with_600k_tokens_of_cache_and_the_longest_request(released):
     assert released.fits(H200)
     # 149.5e9 - 129,340,300,160 - 1,762,316,288 - 1.5e9 - 202,899,456 = 16,694,484,096: 10,614 pages of 64 * 24,576
-    assert released.cache_tokens(H200) == 10_614 * 64 == 679_296
+    assert released.cache_tokens(H200) == 10_518 * 64 == 673_152
     assert released.largest_context(H200) == LONGEST and released.largest_batch(H200) == 2
     assert not dataclasses.replace(released, requests=3).fits(H200)
 
@@ -126,11 +126,11 @@ def test_a_request_that_does_not_fit_is_refused_with_the_largest_that_would(rele
     four = dataclasses.replace(released, requests=4, context=100_000)
     with pytest.raises(ValueError) as error:
         four.check(137_000_000_000, "cuda:0")
-    # weights 129,340,300,160; windows 4 * 10 + 33 pages of 4,718,592; 4 * 1563 pages of 1,572,864; views and 4 * 4 rows
-    # of logits 1,799,438,336; 1.5e9: 142,817,741,440. Without the pages 4,015,804,288 are left: 638 for each of four.
+    # weights 129,340,300,160; windows 4 * 10 + 65 pages of 4,718,592; 4 * 1563 pages of 1,572,864; views and 4 * 4 rows
+    # of logits 1,799,438,336; 1.5e9: 142,968,736,384. Without the pages 3,864,809,344 are left: 614 for each of four.
     assert str(error.value) == (
-        "memory: 4 requests of 100000 tokens would take 142.8 GB, cuda:0 has 137.0 GB free; at most 4 requests of "
-        "40832 tokens or 1 request of 100000 would fit"
+        "memory: 4 requests of 100000 tokens would take 143.0 GB, cuda:0 has 137.0 GB free; at most 4 requests of "
+        "39296 tokens or 1 request of 100000 would fit"
     )
     with pytest.raises(ValueError, match="nothing would fit: weights 129.3 GB, workspace and headroom 3.3 GB$"):
         released.check(80_000_000_000, "cuda:0")
@@ -146,7 +146,7 @@ def test_the_table_adds_up_and_says_what_is_left(released):
     assert total == pytest.approx(sum(numbers.values()) - total - free, abs=0.08)
     assert (total, free) == (pytest.approx(released.total / 1e9, abs=0.006), 149.5)
     assert max(map(len, lines)) <= 80
-    assert lines[-1] == "room for   679,296 tokens of cache; one request up to 262,144"
+    assert lines[-1] == "room for   673,152 tokens of cache; one request up to 262,144"
     assert "free" not in released.table() and str(HEADROOM // 10**8 / 10) in released.table()
 
 
@@ -215,7 +215,7 @@ def test_the_released_checkpoint_is_planned_and_its_reads_are_laid_out_from_its_
 def test_a_model_too_large_for_the_gpu_is_refused_before_its_weights_are_read(monkeypatch):
     monkeypatch.setattr(step, "free_bytes", lambda device: 1_000_000)
     monkeypatch.setattr(loading, "read_piece", lambda *a: pytest.fail("bytes were read"))
-    with pytest.raises(ValueError, match="memory: 1 request of 2048 tokens would take .* cpu has 0.0 GB free; nothing"):
+    with pytest.raises(ValueError, match="memory: 1 request of 4096 tokens would take .* cpu has 0.0 GB free; nothing"):
         Step3p7.from_pretrained(BUNDLED, "cpu")
     with pytest.raises(ValueError, match="memory: 1 request"):
         Step3p7.random(StepConfig.read(BUNDLED), "cpu")

@@ -10,7 +10,7 @@ from . import nvfp4_prefill
 from .driver import Kernel
 from .nvfp4_linear import BLOCKS, SHARED_BYTES, THREADS, multiprocessors, partials, rows, variant
 
-MOST_PAIRS = 512  # (token, slot) pairs to decode, which each block sorts: 64 tokens of 8 experts
+MOST_PAIRS = 256  # (token, slot) pairs to decode, which each block sorts: 32 tokens of 8 experts
 MOST_EXPERTS = 512
 FEW_TOKENS, FEW_PAIRS = 2, 32  # whose columns fit beside all of k, and which one warp sorts
 GATE_UP, DOWN = (
@@ -79,6 +79,7 @@ def launch(
 def tile(tokens: int, pairs: int, experts: int) -> int:
     """How many tokens share a read of an expert: more cost instructions, fewer read popular experts again.
 
-    With random routing at most 2 % of the experts are then read twice.
+    Tuned on a model whose tokens choose alike: of 288 experts 16 of its tokens choose 82, not 105, and 4 tokens a read
+    make a step 3 % shorter than 2; from 33 tokens on (64 choose 171) the prefill kernels make it 6 % shorter.
     """
-    return min(variant(tokens), 2 if pairs <= 0.6 * experts else 4 if pairs <= 2 * experts else 8)
+    return min(variant(tokens), 2 if pairs <= 0.3 * experts else 4 if pairs <= 2 * experts else 8)

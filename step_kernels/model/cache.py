@@ -34,7 +34,7 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device,
         mtp_depths: int = 0,
-        chunk: int = 2048,
+        chunk: int = 4096,
         page_size: int = PAGE_SIZE,
         tokens: int | None = None,
     ):

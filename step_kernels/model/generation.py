@@ -45,7 +45,7 @@ def generate(
     kv_cache: str = "fp8",
     images: list[dict] | None = None,
     stop_ids: tuple[int, ...] | None = None,
-    chunk: int = 2048,
+    chunk: int = 4096,
     max_batch: int = 128,
     cache_tokens: int | None = None,
     graphs: bool | None = None,

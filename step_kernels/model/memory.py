@@ -14,7 +14,7 @@ from .cache import PAGE_SIZE, PagedCache
 from .config import StepConfig
 from .vision import VIEWS_AT_ONCE
 
-CHUNK = 2048  # prompt tokens a prefill step
+CHUNK = 4096  # prompt tokens a prefill step
 # CUDA graphs of the decode batches, cubins, cuBLAS's workspace, and what the allocator rounds up.
 HEADROOM = 1_500_000_000
 _KINDS = {  # the first part of a name that is found
