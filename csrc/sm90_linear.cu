@@ -4,7 +4,7 @@
 // The tensor cores read both from shared memory, so no instruction touches a weight: they are busy a fifth of the time.
 #include "common/linear_sm90.cuh"
 
-template <int kTokens_>
+template <int kTokens_, int kStages_>
 struct Tile {
   static constexpr int kTokens = kTokens_, kColumns = kTokens;
   static constexpr int kGroups = kTokens == 8 ? 1 : 2;  // warpgroups of 64 rows that share the tokens
@@ -14,7 +14,7 @@ struct Tile {
   static constexpr bool kScaled = false;
   static constexpr int kWeightBox = kRows * 128, kBox = kTokens * 128;
   static constexpr int kX = kBoxes * kWeightBox, kXBytes = kBoxes * kBox, kUnitBytes = kX + kXBytes;
-  static constexpr int kStages = kTokens <= 16 ? 12 : kTokens == 32 ? 10 : 9, kInFlight = 6;
+  static constexpr int kStages = kStages_, kInFlight = 6;
   static constexpr int kAtOnce = kTokens <= 16 ? 4 : kTokens == 32 ? 2 : 1;
   static constexpr int kBytes = 1024 + kStages * (kUnitBytes + 24);
   static_assert(kBytes <= 227 * 1024);
@@ -94,15 +94,17 @@ __device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_al
   }
 }
 
-#define VARIANT(tokens)                                                                                               \
-  extern "C" __global__ void __launch_bounds__(Tile<tokens>::kThreads, 1)                                             \
-      sm90_linear_t##tokens(void* out, float4* partial, int m, int n, int units, int wide,                            \
-                            const __grid_constant__ Maps maps) {                                                      \
-    extern __shared__ u8 s_all[];                                                                                     \
-    linear<Tile<tokens>>(maps, Problem{m, n, units, wide != 0, out, partial, nullptr, nullptr}, s_all);                        \
+#define VARIANT(tokens, stages)                                                                            \
+  extern "C" __global__ void __launch_bounds__((Tile<tokens, stages>::kThreads), 1)                        \
+      sm90_linear_t##tokens##_##stages(void* out, float4* partial, int m, int n, int units, int wide,      \
+                                       const __grid_constant__ Maps maps) {                                \
+    extern __shared__ u8 s_all[];                                                                          \
+    const Problem problem{m, n, units, wide != 0, out, partial, nullptr, nullptr};                         \
+    linear<Tile<tokens, stages>>(maps, problem, s_all);                                                    \
   }
 
-VARIANT(8)
-VARIANT(16)
-VARIANT(32)
-VARIANT(64)
+VARIANT(8, 6)  // half of the shared memory: a kernel beside has the other
+VARIANT(8, 12)
+VARIANT(16, 12)
+VARIANT(32, 10)
+VARIANT(64, 9)

@@ -19,11 +19,11 @@ BF16 = torch.bfloat16
 NO_SCHEMA_TEST = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-VARIANTS = [*launcher.BF16, *launcher.FP8]
+VARIANTS = [launcher.BESIDE, *launcher.BF16, *launcher.FP8]
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
-@pytest.mark.parametrize("variants", [launcher.BF16, launcher.FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("variants", [(launcher.BESIDE, *launcher.BF16), launcher.FP8], ids=["bf16", "fp8"])
 def test_kernels_compile_to_the_launchers_symbols_with_products_in_flight(variants):
     from step_kernels.cuda import driver
 
@@ -88,6 +88,19 @@ def test_each_number_of_tokens_goes_to_the_smallest_variant_with_room(launched):
     assert launcher.launch(torch.zeros(2, 0, 512, dtype=BF16), weight).shape == (2, 0, 256)
     assert launcher.launch(torch.zeros(2, 0, dtype=BF16), weight[:, :0]).count_nonzero() == 0
     assert len(launched) == len(wanted)
+
+
+def test_weights_of_a_share_expert_leave_half_of_the_shared_memory_to_a_kernel_beside(monkeypatch):
+    shared = []
+    for variant in (launcher.BESIDE, launcher.BF16[0]):
+        take = lambda grid, block, *args, v=variant: shared.append(v.shared_bytes)  # noqa: E731
+        monkeypatch.setattr(variant.kernel, "launch", take)
+    for name, value in (("multiprocessors", 132), ("parts", torch.zeros(1)), ("tensor_map", ())):
+        monkeypatch.setattr(launcher, name, lambda *args, value=value: value)
+    for n, k in ((2560, 4096), (4096, 1280), (4096, 4096), (4097, 4096)):
+        launcher.launch(torch.zeros(1, k, dtype=BF16), torch.zeros(n, k, dtype=BF16))
+    half, whole = launcher.BESIDE.shared_bytes, launcher.BF16[0].shared_bytes
+    assert shared == [half, half, half, whole] and half + 1024 + 113 * 1024 + 1024 <= 228 * 1024
 
 
 def test_a_block_a_multiprocessor_unless_there_are_fewer_units(launched):

@@ -34,8 +34,9 @@ class Variant:
     @functools.cached_property
     def kernel(self) -> Kernel:
         source = "sm90_fp8_linear" if self.fp8 else "sm90_linear"
+        name = f"{source}_t{self.tokens}" if self.fp8 else f"{source}_t{self.tokens}_{self.stages}"
         parameters = "PP" * self.fp8 + _PARAMETERS
-        return Kernel(source, f"{source}_t{self.tokens}", parameters, self.shared_bytes, dependent=True)
+        return Kernel(source, name, parameters, self.shared_bytes, dependent=True)
 
     @property
     def shared_bytes(self) -> int:
@@ -59,6 +60,9 @@ FP8 = (
     Variant(4, 64, 256, 10, True), Variant(8, 64, 256, 10, True), Variant(16, 128, 128, 10, True),
     Variant(32, 128, 128, 8, True), Variant(64, 192, 128, 5, True),
 )  # fmt: skip
+# The share expert's weights, 10 and 21 MB, are multiplied beside the routed experts', whose blocks want half of a
+# multiprocessor's shared memory.
+BESIDE, BESIDE_BYTES = Variant(8, 64, 128, 6), 32 << 20
 SPLIT = Kernel("sm90_fp8_linear", "sm90_fp8_linear_split", "PqPPiii", dependent=True)
 
 
@@ -103,6 +107,7 @@ def _launch(variants, x, weight, scale, out_dtype) -> Tensor:
     x = x.reshape(-1, k)
     x = x if _copyable(x) else x.clone(memory_format=torch.contiguous_format)
     variant = next(v for v in variants if v.tokens >= len(x))
+    variant = BESIDE if variant is BF16[0] and weight.nbytes <= BESIDE_BYTES else variant
     units = -(-k // variant.unit_k)  # of a row of them
     blocks = min(multiprocessors(x.device.index), -(-n // variant.rows) * units)
     shape, x_columns, swizzled, factor = (len(x), n, units, int(out.dtype == torch.float32)), 64, True, ()
