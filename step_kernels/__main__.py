@@ -74,9 +74,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for what, found in versions() + gpus():
             print(f"{what:<18} {found}")
+        here = registry.compute_capability(0) if torch.cuda.is_available() else None
         for op in registry.ops():
             print()
-            registry.explain(op)
+            # At the model's shapes, with weights as it holds them there: tables may depend on both.
+            shapes = sample_arguments(op, torch.bfloat16, here == 90) if here else ()
+            registry.explain(op, *shapes, capability=here)
         sys.stdout.flush()
     except BrokenPipeError:
         close_quietly()

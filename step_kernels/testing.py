@@ -57,7 +57,7 @@ def sample_arguments(op: str, dtype: torch.dtype, prepared: bool = False) -> tup
 
     def weight(*shape: int, outer: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
         codes, scales, kind = (*shape[:-1], shape[-1] // 2), (*shape[:-1], shape[-1] // 16), torch.float8_e4m3fn
-        if prepared:
+        if prepared and op in ("nvfp4_linear", "nvfp4_moe"):
             tiles = *shape[:-2], shape[-2] // TILE, shape[-1] // TILE
             codes, scales, kind = (*tiles, 2048), (*tiles, 256), torch.uint8
         return of(*codes, dtype=torch.uint8), of(*scales, dtype=kind), of(*outer, dtype=torch.float32)
