@@ -17,6 +17,7 @@ from .ops import (
     nvfp4_quantize,
     nvfp4_restore,
     paged_attention,
+    paged_attention_lse,
     rms_norm,
     swiglu,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "nvfp4_quantize",
     "nvfp4_restore",
     "paged_attention",
+    "paged_attention_lse",
     "rms_norm",
     "swiglu",
 ]

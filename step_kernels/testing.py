@@ -89,6 +89,7 @@ def sample_arguments(op: str, dtype: torch.dtype, prepared: bool = False) -> tup
         "choose": (of(tokens, vocab, dtype=torch.float32), i32(tokens), rows),
         "decode_inputs": (rows, i32(tokens), rows, rows, i32(2, tokens, 64), 64, of(vocab, hidden)),
         "paged_attention": (q, *cache, i32(tokens, 64), i32(tokens), i32(tokens + 1), 512, of(tokens, 64)),
+        "paged_attention_lse": (q, *cache, i32(tokens, 64), i32(tokens), i32(tokens + 1), 512, of(tokens, 64)),
     }[op]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import step_kernels as sk
+from step_kernels.cuda import paged_attention
 from step_kernels.cuda.paged_attention import (
     CLUSTERS,
     MOST_REQUESTS,
@@ -275,6 +276,31 @@ def test_a_cuda_graph_replays_on_other_lengths(window, cache, cluster):
             graph.replay()
         assert torch.equal(out, launch(*a.values(), cluster=cluster))
         assert relative_error(out, exact(a)) <= MOST_ERROR
+
+
+def test_the_op_with_a_log_sum_passes_it_to_the_launcher(monkeypatch):
+    given = {}
+
+    def launch(*arguments, lse):
+        given.update(arguments=arguments, lse=lse.clone())
+        lse.fill_(2.0)
+        return arguments[0]
+
+    monkeypatch.setattr(paged_attention, "launch", launch)
+    q = torch.zeros(3, 8, 128, dtype=BF16)
+    out, lse = paged_attention.launch_lse(q, *range(7), 512)
+    assert out is q and lse.shape == (3, 8) and (lse == 2).all() and (given["lse"] == -torch.inf).all()
+    assert given["arguments"][1:] == (*range(7), 512, None, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("requests", [DRAFTS, [(200, 300)]], ids=["drafts", "prefill"])
+def test_the_op_returns_the_log_sum_of_every_kernel(requests):
+    a = inputs(requests, 96, window=200)
+    out, lse = sk.paged_attention_lse(*a.values())
+    wanted, wanted_lse = sk.paged_attention_lse.reference(a["q"].double(), *list(a.values())[1:])
+    assert torch.equal(out, sk.paged_attention(*a.values())) and relative_error(out, wanted) <= MOST_ERROR
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=0, atol=1e-2)
 
 
 def test_kernel_refuses_what_it_cannot_read():

@@ -198,3 +198,31 @@ def test_bad_arguments_are_named(case):
     message, kind, changed = case
     with pytest.raises(kind, match=message):
         call(inputs() | changed)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_parts_of_the_keys_are_joined_by_the_log_sum_of_exponentials(window):
+    """The last four keys of a request and those before them: a window's queries see the rest of theirs alone."""
+    a = inputs([(1, 9)]) | {"window": window}
+    whole, lse = sk.paged_attention_lse(*a.values())
+    assert torch.equal(whole, call(a)) and lse.shape == (1, HEADS)
+    scores = torch.einsum(
+        "gnd,gkd->gnk",
+        a["q"][0].unflatten(0, (KV_HEADS, -1)),
+        a["k_cache"][a["block_table"][0, :3].long()].transpose(0, 1).flatten(1, 2)[:, :9],
+    ) / math.sqrt(DIM)
+    torch.testing.assert_close(lse[0], scores[..., 9 - (window or 9) :].logsumexp(-1).flatten())
+    if window is None:
+        first = a | {"seq_lens": torch.tensor([4], dtype=torch.int32)}
+        rest = a | {"block_table": a["block_table"][:, 1:], "seq_lens": torch.tensor([5], dtype=torch.int32)}
+        (x, lse_x), (y, lse_y) = (sk.paged_attention_lse(*part.values()) for part in (first, rest))
+        share = torch.sigmoid(lse_x - lse_y)[..., None]
+        torch.testing.assert_close(share * x + (1 - share) * y, whole)
+
+
+def test_log_sum_of_exponentials_is_minus_infinity_without_keys_and_knows_no_gate():
+    a = inputs([(3, 1), (1, 2)])
+    out, lse = sk.paged_attention_lse(*a.values())
+    assert (lse[:2] == -torch.inf).all() and lse[2:].isfinite().all() and not out[:2].any()
+    assert torch.equal(sk.paged_attention_lse(*(a | {"gate": torch.randn(4, HEADS)}).values())[1], lse)
+    torch.library.opcheck(torch.ops.step_kernels.paged_attention_lse.default, tuple(a.values()))

@@ -131,6 +131,12 @@ def launch(
     return out
 
 
+def launch_lse(q: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """As ops.paged_attention_lse."""
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    return launch(q, *arguments, *(None,) * (10 - len(arguments)), lse=lse), lse
+
+
 def has_many(q: Tensor, kv_heads: int, requests: int, window: int | None) -> bool:
     """Whether there are so many queries for each request and kv head that paged_prefill.py serves them."""
     group = q.shape[1] // max(1, kv_heads)

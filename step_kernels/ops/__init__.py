@@ -10,7 +10,7 @@ from .nvfp4_linear import nvfp4_linear
 from .nvfp4_moe import nvfp4_moe
 from .nvfp4_prepare import nvfp4_prepare, nvfp4_restore, prepares
 from .nvfp4_quantize import nvfp4_dequantize, nvfp4_quantize
-from .paged_attention import paged_attention
+from .paged_attention import paged_attention, paged_attention_lse
 from .rms_norm import add_rms_norm, rms_norm
 from .swiglu import swiglu
 
@@ -30,6 +30,7 @@ __all__ = [
     "nvfp4_quantize",
     "nvfp4_restore",
     "paged_attention",
+    "paged_attention_lse",
     "prepares",
     "rms_norm",
     "swiglu",

@@ -60,11 +60,21 @@ def _triton_refuses(q, k_cache, v_cache, k_scale, v_scale, table, seq_lens, star
             return f"takes caches whose last dimension has stride 1, got {cache.stride(3)} in {name}"
 
 
+def _fake_lse(q, *args):
+    return _fake(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
 _FLASHINFER = "flashinfer.paged_attention"
 _KERNELS = (
     Kernel("cuda", lazy("cuda.paged_attention.launch"), (90, 90), "cuda.bindings", lazy("cuda.paged_attention.refuse")),
     Kernel("flashinfer", lazy(f"{_FLASHINFER}.launch"), (100, 103), "flashinfer", lazy(f"{_FLASHINFER}.refuse")),
     Kernel("triton", lazy("triton.paged_attention.launch"), package="triton", refuse=_triton_refuses),
+)
+
+_KERNELS_LSE = (
+    Kernel(
+        "cuda", lazy("cuda.paged_attention.launch_lse"), (90, 90), "cuda.bindings", lazy("cuda.paged_attention.refuse")
+    ),
 )
 
 
@@ -92,11 +102,42 @@ def paged_attention(
     in f32, times `softmax_scale` (d ** -0.5); the output times sigmoid(gate) where gate [tokens, q_heads] is
     given. A query that sees no key gives zeros.
     """
+    return _attend(
+        q, k_cache, v_cache, k_scale, v_scale, block_table, seq_lens, query_start, window, gate, softmax_scale
+    )[0]
+
+
+@define(check=_check, fake=_fake_lse, kernels=_KERNELS_LSE)
+def paged_attention_lse(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    window: int | None = None,
+    gate: Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """paged_attention, and f32 [tokens, q_heads] (f64 for a float64 q): the log of the sum of exponentials of a query's
+    scaled scores, by which parts of the keys that were attended to apart are joined; -inf where it sees no key.
+    """
+    return _attend(
+        q, k_cache, v_cache, k_scale, v_scale, block_table, seq_lens, query_start, window, gate, softmax_scale
+    )
+
+
+def _attend(
+    q, k_cache, v_cache, k_scale, v_scale, block_table, seq_lens, query_start, window, gate, softmax_scale
+) -> tuple[Tensor, Tensor]:
     compute = torch.promote_types(q.dtype, torch.float32)
     _, heads, dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
     scale = dim**-0.5 if softmax_scale is None else softmax_scale
     out = torch.zeros(q.shape, dtype=compute, device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=compute, device=q.device)
     bounds = query_start.tolist()
     for request, length in enumerate(seq_lens.tolist()):
         begin, end = bounds[request : request + 2]
@@ -116,9 +157,11 @@ def paged_attention(
         scores = torch.einsum("tgnd,gkd->gntk", query, keys) * scale
         behind = torch.arange(length - (end - begin), length, device=q.device)[:, None] - position
         hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        lse[begin:end] = scores.logsumexp(-1).permute(2, 0, 1).flatten(1)
+        weights = scores.softmax(-1)
         weights = weights.masked_fill(hidden.all(-1, keepdim=True), 0.0)  # softmax of no key is NaN
         out[begin:end] = torch.einsum("gntk,gkd->tgnd", weights, values).flatten(1, 2)
     if gate is not None:
         out = out * gate.to(compute).sigmoid()[..., None]
-    return out.to(q.dtype)
+    return out.to(q.dtype), lse
