@@ -103,6 +103,15 @@ def test_weights_of_a_share_expert_leave_half_of_the_shared_memory_to_a_kernel_b
     assert shared == [half, half, half, whole] and half + 1024 + 113 * 1024 + 1024 <= 228 * 1024
 
 
+def test_more_than_64_tokens_times_fp8_weights_go_by_64s(launched):
+    codes, scale = torch.zeros(200, 512).to(torch.float8_e4m3fn), torch.ones(200)
+    x = torch.zeros(2, 70, 512, dtype=BF16)
+    assert launcher.refuse_fp8(x, codes, scale) is None and launcher.launch_fp8(x, codes, scale).shape == (2, 70, 200)
+    assert [tokens for tokens, _, _ in launched] == ["split", 64, "split", 64, "split", 16]
+    many = torch.zeros(257, 512, dtype=BF16)
+    assert launcher.refuse_fp8(many, codes, scale) == "takes at most 256 tokens, got 257"
+
+
 def test_a_block_a_multiprocessor_unless_there_are_fewer_units(launched):
     for n, k, m in ((4096, 4096, 1), (64, 128, 1), (100, 1000, 8), (130, 1000, 9)):
         launcher.launch(torch.zeros(m, k, dtype=BF16), torch.zeros(n, k, dtype=BF16))
@@ -302,6 +311,16 @@ def test_streams_keep_their_sums_apart():
                 out.append(sk.linear(x, weight))
     torch.cuda.synchronize()
     assert all(torch.equal(o, w) for out, w in zip(outs, wanted) for o in out)
+
+
+@gpu
+@pytest.mark.parametrize("m", [65, 140, 256])
+def test_more_than_64_tokens_times_fp8_weights_are_the_products_of_their_parts(m):
+    x, codes, scale = random(m, 512), random(200, 512).to(torch.float8_e4m3fn), torch.rand(200, device="cuda") + 0.5
+    out = sk.fp8_linear(x, codes, scale)
+    assert torch.equal(out, torch.cat([sk.fp8_linear(part, codes, scale) for part in x.split(64)]))
+    wanted = x.double() @ codes.double().mT * scale.double()
+    assert relative_error(out, wanted) < 2e-3
 
 
 @gpu

@@ -15,6 +15,8 @@ MOST_TOKENS = 64
 # More go to cuBLAS in bf16, faster on an H200: at 64 tokens a decode step of 6 layers took 2.81 ms here, 2.72 there.
 # f32 outputs, which are the vocabulary's, stay: 64 tokens take 267 us, cuBLAS 293.
 FAST_TOKENS = 8
+# More are taken by 64s in FP8: a time of 25 to 40 us, where to expand 10304x4096 and multiply it by cuBLAS takes 154.
+MOST_FP8_TOKENS = 256
 MOST_SUMS = 64 * 192  # that a block may leave to another
 _PARAMETERS = "PPiiii" + 32 * "q"  # the tensor maps are one parameter, of which the driver takes the first q's address
 _ABSENT = -1  # no sum has these bits
@@ -66,12 +68,12 @@ BESIDE, BESIDE_BYTES = Variant(8, 64, 128, 6), 32 << 20
 SPLIT = Kernel("sm90_fp8_linear", "sm90_fp8_linear_split", "PqPPiii", dependent=True)
 
 
-def cannot(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> str | None:
+def cannot(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None, most: int = MOST_TOKENS) -> str | None:
     """Why the kernel does not take linear's arguments, or None."""
     if x.dtype != torch.bfloat16 or out_dtype not in (None, torch.bfloat16, torch.float32):
         return f"takes bfloat16 to bfloat16 or float32, got {_name(x.dtype)} to {_name(out_dtype or x.dtype)}"
-    if x.numel() > MOST_TOKENS * x.shape[-1]:
-        return f"takes at most {MOST_TOKENS} tokens, got {x.numel() // x.shape[-1]}"
+    if x.numel() > most * x.shape[-1]:
+        return f"takes at most {most} tokens, got {x.numel() // x.shape[-1]}"
     if weight.shape[1] * weight.itemsize % 16 or not _copyable(weight):
         return f"takes rows at multiples of 16 bytes, got k = {x.shape[-1]}, weight strides {list(weight.stride())}"
 
@@ -86,7 +88,7 @@ def refuse(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> s
 
 def refuse_fp8(x: Tensor, codes: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> str | None:
     """Why the kernel does not take fp8_linear's arguments, or None."""
-    return cannot(x, codes, out_dtype)
+    return cannot(x, codes, out_dtype, MOST_FP8_TOKENS)
 
 
 def launch(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -95,8 +97,12 @@ def launch(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> T
 
 
 def launch_fp8(x: Tensor, codes: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """bf16 [..., k] of up to 64 rows, e4m3 [n, k], f32 [n] -> bf16 or f32 [..., n]; k a multiple of 16."""
-    return _launch(FP8, x, codes, (scale.contiguous(),), out_dtype)
+    """bf16 [..., k], e4m3 [n, k], f32 [n] -> bf16 or f32 [..., n]; k a multiple of 16."""
+    scale, rows = scale.contiguous(), x.reshape(-1, x.shape[-1])
+    if len(rows) <= MOST_TOKENS:
+        return _launch(FP8, x, codes, (scale,), out_dtype)
+    parts = [_launch(FP8, part, codes, (scale,), out_dtype) for part in rows.split(MOST_TOKENS)]
+    return torch.cat(parts).view(*x.shape[:-1], -1)
 
 
 def _launch(variants, x, weight, scale, out_dtype) -> Tensor:
