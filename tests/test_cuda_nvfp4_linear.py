@@ -154,8 +154,8 @@ def test_rows_that_begin_between_multiples_of_8_bytes_are_copied():
 def test_experts_share_reads_by_how_many_tokens_they_have():
     from step_kernels.cuda.nvfp4_moe import tile
 
-    assert [tile(t, 8 * t, 288) for t in (1, 2, 3, 16, 21, 22, 64)] == [2, 2, 2, 2, 2, 4, 4]
-    assert [tile(t, 8 * t, 36) for t in (1, 2, 3, 8, 16, 64)] == [2, 2, 4, 4, 8, 8]
+    assert [tile(t, 8 * t, 288) for t in (1, 2, 3, 10, 11, 16, 32)] == [2, 2, 2, 2, 4, 4, 4]
+    assert [tile(t, 8 * t, 36) for t in (1, 2, 3, 8, 16, 32)] == [2, 2, 4, 4, 8, 8]
 
 
 def fields(weight) -> tuple[torch.Tensor, ...]:
