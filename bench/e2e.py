@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from step_kernels.cli import Parser
-from step_kernels.model import CheckpointError, Step3p7, moe
-from step_kernels.model.cache import PagedCache
+from step_kernels.model import CheckpointError, Step3p7, memory, moe
+from step_kernels.model.cache import CHUNK, PagedCache
 from step_kernels.model.decoding import Decoder
 from step_kernels.model.graph import refusal
-from step_kernels.model.memory import CHUNK
 from step_kernels.model.synthetic import RECIPES, ROUTERS
 
 from . import timing
@@ -49,13 +48,13 @@ def seconds(call, repeats: int) -> float:
 
 
 def size(part) -> int:
-    """Bytes of every tensor that a module, or a list or dataclass of them, holds."""
-    if isinstance(part, Tensor):
-        return part.nbytes
+    """Bytes of every tensor that a module, or a list of them, holds."""
     if isinstance(part, (list, tuple)):
         return sum(map(size, part))
-    if dataclasses.is_dataclass(part) or type(part).__module__.startswith("step_kernels.model"):
-        return sum(size(p) for name, p in vars(part).items() if name not in ("config", "layer"))
+    if isinstance(part, Tensor) or dataclasses.is_dataclass(part):
+        return memory.size(part)
+    if type(part).__module__.startswith("step_kernels.model"):
+        return sum(map(size, vars(part).values()))
     return 0
 
 
@@ -101,12 +100,14 @@ def decode(model, batch: int, length: int, profile: bool = False) -> dict | None
     if cache is None:
         return None
     requests, reason = list(range(batch)), refusal(model)
-    decoder = Decoder(model, cache, graphs=reason is None)
     for request in requests:
         cache.settle(request, length, length + STEPS)
-    decoder.feed(requests, torch.randint(0, model.config.vocab_size, (batch,), device=model.device), [length] * batch)
+    tokens = torch.randint(0, model.config.vocab_size, (batch,), device=model.device)
+    eager, decoder = (Decoder(model, cache, graphs) for graphs in (False, reason is None))
+    for each in (eager, decoder):
+        each.feed(requests, tokens, [length] * batch)
     with experts_counted() as counts:
-        Decoder.step(_eager(decoder), requests, 0)
+        eager.step(requests, 0)
     for _ in range(3):
         decoder.step(requests, 0)
     took = seconds(lambda: decoder.step(requests, 0), 20)
@@ -123,13 +124,6 @@ def decode(model, batch: int, length: int, profile: bool = False) -> dict | None
         kernels = [(e.key, e.count, e.self_device_time_total) for e in profiler.key_averages()]
         found["kernels"] = sorted((k for k in kernels if k[2]), key=lambda k: -k[2])
     return found
-
-
-def _eager(decoder: Decoder) -> Decoder:
-    """The same decoder, its next step without a graph."""
-    eager = Decoder.__new__(Decoder)
-    vars(eager).update(vars(decoder), graphs=None)
-    return eager
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from step_kernels.model.weights import kernel_layout
+from step_kernels.model.formats import kernel_layout
 from step_kernels.nvfp4 import NVFP4Weight
 from step_kernels.ops.nvfp4_linear import _nvfp4_linear
 

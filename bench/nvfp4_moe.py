@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 import step_kernels as sk
-from step_kernels.model.weights import kernel_layout
+from step_kernels.model.formats import kernel_layout
 from step_kernels.nvfp4 import NVFP4Experts, NVFP4Weight
 from step_kernels.ops.nvfp4_moe import _nvfp4_moe
 

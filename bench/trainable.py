@@ -12,10 +12,10 @@ from torch import Tensor
 
 from step_kernels.model.attention import Attention
 from step_kernels.model.decoder import DecoderLayer
+from step_kernels.model.formats import DenseExperts
 from step_kernels.model.layers import MLP, RMSNorm
 from step_kernels.model.moe import MoE
 from step_kernels.model.step import Step3p7
-from step_kernels.model.weights import DenseExperts
 from step_kernels.ops import moe_topk, swiglu
 from step_kernels.ops.kv_append import rope
 from step_kernels.ops.rms_norm import normalized

@@ -23,9 +23,8 @@
 // with its first tile adds the others' parts in their order as they come: a part has come when its slot in `partial` is
 // no longer absent. Blocks take shares from the line's end backwards, so they wait only for blocks that started before
 // them. Lengths are read on the device: every block sums up the requests before its share.
-#include "common/paged_sm90.cuh"
+#include "common/paged_sm90_decode.cuh"
 
-constexpr int kMostRequests = 256;
 constexpr int kQueryWarps = 3;
 
 template <int kColumns_, bool kBf16_>
@@ -257,7 +256,7 @@ __device__ inline void split_queries(const Attention& a, u32 shared, const int4*
         }
       }
     }
-    show_to_copy_engine();
+    show_to_engines();
     __syncwarp();
     if (lane == 0) barrier_arrive(barriers.query(buffer));
     buffer ^= 1;
@@ -506,7 +505,7 @@ __device__ inline void attend(const Attention& a, u32 shared, const int4* reques
           }
         }
       }
-      show_to_copy_engine();
+      show_to_engines();
       meet(1 + group, kWarpgroup);
 
       const u32 p_columns = uniform(describe_columns<N>(p_planes));

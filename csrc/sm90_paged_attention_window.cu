@@ -15,7 +15,7 @@
 // Before the kernel ahead has ended, lengths and page table are read and nothing else; but L2 is told what will be,
 // which harms nothing where it changes still. Blocks that start later find their tiles in L2: a block also names those
 // of the request `ahead` requests on.
-#include "common/paged_sm90.cuh"
+#include "common/paged_sm90_decode.cuh"
 
 template <int kColumns_, int kCluster_, int kTiles_, int kBlocks_>
 struct Shape {
@@ -338,7 +338,7 @@ __device__ inline void attend(const Attention& a, const Row& row, int head, int 
 
   const u32 parity = chunk & 1, local = shared & 0xFFFFFF;  // above lies the block's rank: none of a descriptor's
   split_queries<S>(a, row, head, shared, chunk == 0);
-  show_to_copy_engine();
+  show_to_engines();
   meet(1, kWarpgroup);
 
   float s[S::kTiles][N / 2], factor[N / 4];
@@ -428,7 +428,7 @@ __device__ inline void attend(const Attention& a, const Row& row, int head, int 
     if (low > 0 || high < kKeys) hide_values(v, t, low, high);
   };
   if (count > 0) get_values(0);
-  show_to_copy_engine();
+  show_to_engines();
   meet(1, kWarpgroup);
 
   constexpr int kTogether = N == 8 || N == 16 && S::kBlocks <= 3 ? 2 : 1;  // halves of d whose sums registers hold
@@ -520,7 +520,7 @@ __device__ inline void paged_attention_window(const Attention& a, const Maps& ma
   if (request.count <= 0) wait_for_previous_kernel();
   for (int chunk = 0; chunk * a.row_tokens < request.count; ++chunk) {
     if (chunk > 0) {
-      show_to_copy_engine();
+      show_to_engines();
       __syncthreads();
     }
     attend<S>(a, row_of<S>(a, request, chunk), head, rank, shared, barriers, chunk);

@@ -23,22 +23,11 @@
 //
 // Where items are few or of very different lengths the line is one of their tiles of keys, and blocks take equal shares
 // of it. Of an item that blocks share, each writes its rows' sums in f32, and a second kernel adds them up in order.
-#include "common/dependent_launch.cuh"
-#include "common/warp.cuh"
+#include "common/paged_sm90.cuh"
 
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned;
-using u64 = unsigned long long;
-using i64 = long long;
-
-constexpr int kDim = 128;
 constexpr int kRows = 128;  // of an item
-constexpr int kWarpgroup = 128;
 constexpr int kThreads = 3 * kWarpgroup;
-constexpr int kMostRequests = 256;
 constexpr int kItems = 8;          // announced at a time: more than the rings' tiles
-constexpr float kLowest = -1e30f;  // of maxima: nothing is infinite
 constexpr float kLift = 8.0f;      // probabilities are kept times 2^8, up to 2^15: f16 ends at 65504
 constexpr float kMostRise = 7.0f;  // of a maximum, log2, before sums are scaled anew
 constexpr int kLeastShare = 4;     // tiles of a block
@@ -65,63 +54,10 @@ struct Shape {
   static_assert(kEnd + 1024 <= 227 * 1024);
 };
 
-struct alignas(64) TensorMap {
-  char bytes[128];
-};
-struct Maps {
-  TensorMap k, v;  // [pages, kv heads, page size, 128] in boxes of a few positions x 128 bytes; bf16: swizzled by these
-};
-
-__device__ inline u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
-
-// ---- barriers and copies ----
-
-__device__ inline void barrier_init(u32 barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ inline bool barrier_passed(u32 barrier, u32 parity) {
-  u32 done;
-  asm volatile(
-      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done;
-}
-__device__ inline void barrier_expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ inline void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ inline void meet(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 __device__ inline void announce(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-__device__ inline void show_to_matrix_unit() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ inline void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ inline void copy_box(u32 to, const TensorMap* map, int d, int position, int head, int page, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
-      "l"(map), "r"(d), "r"(position), "r"(head), "r"(page), "r"(barrier)
-      : "memory");
-}
-__device__ inline void prefetch_map(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 __device__ inline void prefetch_line(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
-
-// A wait of seconds is a fault: an error is worth more than a process that hangs. (With a trap ptxas would not use the
-// registers that setmaxnreg brings.)
-constexpr int kMostTries = 1 << 24;
-__device__ inline void fail() { asm volatile("st.global.u32 [%0], %1;" ::"l"(0ull), "r"(0) : "memory"); }
-__device__ inline void barrier_wait(u32 barrier, u32 parity) {
-  for (int tries = 0; !barrier_passed(barrier, parity); ++tries)
-    if (tries > kMostTries) fail();
-}
 
 __device__ inline void store_pair(float* to, float x, float y) { *reinterpret_cast<float2*>(to) = make_float2(x, y); }
 
@@ -146,16 +82,6 @@ __device__ inline u32 load_pair(const u16* from) {
 
 // ---- arithmetic ----
 
-__device__ inline float exp2_of(float x) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return r;
-}
-__device__ inline u32 pair_bf16(float low, float high) {
-  u32 d;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
 __device__ inline u32 pair_f16(float low, float high) {
   u32 d;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
@@ -210,8 +136,6 @@ __device__ inline void transpose(u32 (&w)[4], int t) {
 }
 // ---- wgmma: sums (+)= A B, A of 64 rows in registers, B of n columns in shared memory, swizzled by 128 bytes ----
 
-__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending, int kSums>
 __device__ inline void wgmma_wait(float (&d)[kSums]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
@@ -581,7 +505,7 @@ __device__ inline void clear_rows(u32 values, int thread, int low, int high) {
 #pragma unroll
     for (int i = 0; i < 16; ++i)
       store_shared(values + i / 8 * S::kKeys * 128 + thread * 128 + i % 8 * 16, make_uint4(0, 0, 0, 0));
-    show_to_matrix_unit();
+    show_to_engines();
   }
 }
 
@@ -610,7 +534,7 @@ __device__ inline void produce(const Attention& a, const Maps& maps, u32 shared,
       } else {
         barrier_wait(barriers.empty_values(ready), ready_parity);
         expand_tile<S>(shared + S::kStaging + landing * S::kStaged, values, thread, low, high);
-        show_to_matrix_unit();
+        show_to_engines();
         __syncwarp();
         if (lane == 0) barrier_arrive(barriers.taken(landing));
       }

@@ -66,9 +66,12 @@ def test_split_x_is_exact_within_2_to_the_13_of_the_largest_and_errs_by_2_to_the
 def launched(monkeypatch):
     """What each launch was given, on the CPU: tokens of the variant, blocks, arguments."""
     calls = []
+
+    def launch(tokens):
+        return lambda grid, block, *args: calls.append((tokens, grid[0], args))
+
     for variant in VARIANTS:
-        take = lambda grid, block, *args, v=variant: calls.append((v.tokens, grid[0], args))  # noqa: E731
-        monkeypatch.setattr(variant.kernel, "launch", take)
+        monkeypatch.setattr(variant.kernel, "launch", launch(variant.tokens))
     monkeypatch.setattr(launcher.SPLIT, "launch", lambda grid, block, *args: calls.append(("split", grid[0], args)))
     monkeypatch.setattr(launcher, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(launcher, "parts", lambda device: torch.zeros(132, 8192, dtype=torch.int32))
@@ -92,9 +95,12 @@ def test_each_number_of_tokens_goes_to_the_smallest_variant_with_room(launched):
 
 def test_weights_of_a_share_expert_leave_half_of_the_shared_memory_to_a_kernel_beside(monkeypatch):
     shared = []
+
+    def launch(size):
+        return lambda *args: shared.append(size)
+
     for variant in (launcher.BESIDE, launcher.BF16[0]):
-        take = lambda grid, block, *args, v=variant: shared.append(v.shared_bytes)  # noqa: E731
-        monkeypatch.setattr(variant.kernel, "launch", take)
+        monkeypatch.setattr(variant.kernel, "launch", launch(variant.shared_bytes))
     for name, value in (("multiprocessors", 132), ("parts", torch.zeros(1)), ("tensor_map", ())):
         monkeypatch.setattr(launcher, name, lambda *args, value=value: value)
     for n, k in ((2560, 4096), (4096, 1280), (4096, 4096), (4097, 4096)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import step_kernels as sk
-from step_kernels.model.weights import RandomWeights
+from step_kernels.model.synthetic import RandomWeights
 from step_kernels.ops.nvfp4_moe import _nvfp4_moe
 from step_kernels.ops.swiglu import swiglu
 from step_kernels.testing import nvfp4_weight, relative_error

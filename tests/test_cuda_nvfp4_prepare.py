@@ -192,7 +192,7 @@ def test_the_gpu_packs_and_unpacks_the_same_bytes(shape):
 
 @pytest.mark.gpu
 def test_preparing_on_the_gpu_takes_no_more_memory_than_the_result():
-    from step_kernels.model.weights import RandomWeights
+    from step_kernels.model.synthetic import RandomWeights
 
     weight = RandomWeights(torch.device("cuda"), torch.float32).experts("", 32, 1280, 4096).gate_up
     torch.cuda.synchronize()

@@ -12,7 +12,7 @@ import torch
 
 import step_kernels as sk
 from step_kernels import registry
-from step_kernels.model.weights import RandomWeights
+from step_kernels.model.synthetic import RandomWeights
 from step_kernels.testing import assert_close_to_reference, nvfp4_weight, relative_error
 
 pytest.importorskip("triton")

@@ -16,6 +16,7 @@
 // unit adds up the others' parts in their order as they come: a part has come when its slot in `partial` is no longer
 // absent. Blocks take shares from the line's end backwards, so they wait only for blocks that started before them.
 #pragma once
+#include "common/dependent_launch.cuh"
 #include "common/nvfp4_sm90.cuh"
 
 constexpr int kUnitChunks = 4;
@@ -53,10 +54,6 @@ struct Shape {
 };
 
 __device__ inline u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
-
-// Programmatic dependent launch: what comes before `wait` may overlap the kernel before this one.
-__device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ inline void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 __device__ inline void meet_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 

@@ -15,6 +15,7 @@ from .attention import Attention
 from .config import LayerConfig, StepConfig
 
 PAGE_SIZE = 64
+CHUNK = 4096  # prompt tokens a prefill step
 
 
 class PagedCache:
@@ -34,7 +35,7 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device,
         mtp_depths: int = 0,
-        chunk: int = 4096,
+        chunk: int = CHUNK,
         page_size: int = PAGE_SIZE,
         tokens: int | None = None,
     ):

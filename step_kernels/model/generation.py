@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .batch import Batch, Request
-from .cache import PAGE_SIZE, PagedCache, upload
+from .cache import CHUNK, PAGE_SIZE, PagedCache, upload
 from .decoding import Decoder
 from .drafts import draft as _draft
 from .drafts import settle
@@ -45,7 +45,7 @@ def generate(
     kv_cache: str = "fp8",
     images: list[dict] | None = None,
     stop_ids: tuple[int, ...] | None = None,
-    chunk: int = 4096,
+    chunk: int = CHUNK,
     max_batch: int = 128,
     cache_tokens: int | None = None,
     graphs: bool | None = None,

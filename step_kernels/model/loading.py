@@ -15,9 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from .cache import CHUNK
 from .checkpoint import Checkpoint, Piece, read_piece
 from .config import StepConfig
-from .memory import CHUNK, Plan, Tapped, tally
+from .memory import Plan, Tapped, tally
 from .prepared_copy import PreparedCopy
 from .weights import PIECE, Weights
 

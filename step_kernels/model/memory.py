@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cache import PAGE_SIZE, PagedCache
+from .cache import CHUNK, PAGE_SIZE, PagedCache
 from .config import StepConfig
 from .vision import VIEWS_AT_ONCE
 
-CHUNK = 4096  # prompt tokens a prefill step
 # CUDA graphs of the decode batches, cubins, cuBLAS's workspace, and what the allocator rounds up.
 HEADROOM = 1_500_000_000
 _KINDS = {  # the first part of a name that is found
@@ -38,6 +37,10 @@ class Plan:
     context: int = CHUNK
     chunk: int = CHUNK
     cache_dtype: torch.dtype = torch.float8_e4m3fn
+
+    def __post_init__(self):
+        if self.context > self.config.max_positions:
+            raise ValueError(f"context: got {self.context} tokens, wanted at most {self.config.max_positions}")
 
     @property
     def bytes_a_token(self) -> int:
@@ -110,8 +113,6 @@ class Plan:
 
     def check(self, free: int, device: str) -> None:
         """ValueError in one line, with the largest request that would fit, if this one does not."""
-        if self.context > self.config.max_positions:
-            raise ValueError(f"context: got {self.context} tokens, wanted at most {self.config.max_positions}")
         if self.fits(free):
             return
         context, batch = self.largest_context(free), self.largest_batch(free)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .attention import WholeSequences
+from .cache import CHUNK
 from .config import StepConfig
 from .decoder import DecoderLayer, MTPLayer
 from .generation import generate
 from .layers import RMSNorm, linear
 from .loading import Opened
-from .memory import CHUNK, Plan, Tapped, free_bytes, tally, usable_device
+from .memory import Plan, Tapped, free_bytes, tally, usable_device
 from .prepared_copy import Copy
 from .synthetic import RandomWeights
 from .vision import VisionEncoder

@@ -25,7 +25,6 @@ from .formats import (
     gathered,
     kernel_layout,
 )
-from .synthetic import RandomWeights as RandomWeights
 
 PIECE = 64 << 20  # bytes read at once at most
 # Bytes of experts on their way into the kernels' layout: 11 of Step-3.7's 288, whose gate and up then fill a PIECE.
