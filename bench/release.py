@@ -8,6 +8,11 @@ from step_kernels.model.config import FULL, SLIDING
 
 def released_config(layers: int) -> StepConfig:
     """Step-3.7-Flash's widths with its first `layers` trunk layers; the last two clamp, as the release's do."""
+    return StepConfig.from_dict(released(layers))
+
+
+def released(layers: int) -> dict:
+    """The same as a config.json says it."""
     types = [FULL if i % 4 == 0 else SLIDING for i in range(layers)] + [SLIDING] * 3
 
     def clamped(limit):
@@ -49,4 +54,4 @@ def released_config(layers: int) -> StepConfig:
         "eos_token_id": [1, 2, 128007],
     }
     vision = {"image_size": 728, "patch_size": 14, "width": 1536, "layers": 47, "heads": 16}
-    return StepConfig.from_dict({"image_token_id": 128001, "vision_config": vision, "text_config": text})
+    return {"image_token_id": 128001, "vision_config": vision, "text_config": text}

@@ -1,6 +1,7 @@
 """The model on a GPU with the kernels that serve it there: graphs, long prompts, batches, real widths."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from test_model import typical_error
 import step_kernels as sk
 from step_kernels.generate import BUNDLED
 from step_kernels.model import Step3p7, StepConfig
+from step_kernels.model.attention import WholeSequences
 from step_kernels.model.cache import PagedCache
 from step_kernels.model.chat import Chat
 from step_kernels.model.decoding import Decoder
 from step_kernels.model.generation import generate
 from step_kernels.model.graph import refusal
+from step_kernels.model.moe import MoE
 from step_kernels.model.sampling import Sampling
 from step_kernels.testing import relative_error
 
@@ -208,3 +211,109 @@ def test_real_widths_take_images_and_long_prompts(wide):
     out = list(generate(wide, [text], max_new_tokens=5, stop_ids=(), images=[{"pixel_values": image}]))
     blank = list(generate(wide, [text], max_new_tokens=5, stop_ids=(), images=[{"pixel_values": image * 0}]))
     assert len(out) == 5 and all(0 <= token < 128896 for _, token in out) and out != blank
+
+
+def twin(model, config, folder):
+    """transformers' model with the same weights, NVFP4 decoded, on the same device and in the same dtype."""
+    transformers = pytest.importorskip("transformers.models.step3p7", reason="needs transformers >= 5.17")
+    (folder / "config.json").write_text(json.dumps(config))
+    config = transformers.Step3p7Config.from_pretrained(folder)
+    with model.device:
+        theirs = transformers.Step3p7ForConditionalGeneration._from_config(config, dtype=model.dtype).eval()
+    left = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
+
+    def put(name, *weights):
+        at = 0
+        for weight in weights:
+            left[name].data[at : at + len(weight)] = weight
+            at += len(weight)
+        assert at == len(left.pop(name)), name
+
+    def put_mlp(name, mlp):
+        gate, up = mlp.gate_up.weights[0].chunk(2)
+        for part, weight in (("gate", gate), ("up", up), ("down", mlp.down)):
+            put(f"{name}.{part}_proj.weight", weight)
+
+    text = "model.language_model"
+    put(f"{text}.embed_tokens.weight", model.embed_tokens)
+    put(f"{text}.norm.weight", model.norm.weight)
+    put("lm_head.weight", model.lm_head)
+    for n, layer in enumerate(model.layers):
+        name, attention = f"{text}.layers.{n}", layer.attention
+        put(f"{name}.input_layernorm.weight", layer.input_norm.weight)
+        put(f"{name}.post_attention_layernorm.weight", layer.post_norm.weight)
+        for part, weight in zip("qkvg", attention.qkvg.weights[0].split(attention.qkvg.rows)):
+            put(f"{name}.self_attn.{part}_proj.weight", weight)
+        put(f"{name}.self_attn.o_proj.weight", attention.o)
+        for part in "qk":
+            put(f"{name}.self_attn.{part}_norm.weight", getattr(attention, f"{part}_norm"))
+        if isinstance(layer.ffn, MoE):
+            put(f"{name}.mlp.gate.weight", layer.ffn.gate)
+            put(f"{name}.mlp.gate.e_score_correction_bias", layer.ffn.bias)
+            experts = layer.ffn.experts
+            experts = sk.nvfp4_restore(experts) if isinstance(experts.down, sk.PreparedWeight) else experts
+            put(f"{name}.mlp.experts.gate_up_proj", experts.gate_up.dequantize())
+            put(f"{name}.mlp.experts.down_proj", experts.down.dequantize())
+            put_mlp(f"{name}.mlp.shared_experts", layer.ffn.share)
+        else:
+            put_mlp(f"{name}.mlp", layer.ffn)
+    assert all("vision" in name or "multi_modal" in name or "inv_freq" in name for name in left), sorted(left)
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def wide_twin(wide, tmp_path_factory):
+    from bench.release import released
+
+    for layer in wide.layers:
+        if isinstance(layer.ffn, MoE):  # transformers may hold them in bf16
+            layer.ffn.gate = layer.ffn.gate.bfloat16().float()
+    config = {"model_type": "step3p7", **released(6)}
+    return twin(wide, config, tmp_path_factory.mktemp("twin"))
+
+
+def exact_logits(model, embeddings):
+    """[batch, length, hidden] -> logits of the references in f32."""
+    model = in_f32(model)
+    with sk.force("reference"):
+        batch, length, _ = embeddings.shape
+        hidden = model.trunk(embeddings.float().flatten(0, 1), WholeSequences(batch, length, model.device))
+        return model.logits(hidden).unflatten(0, (batch, length))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("crops", [None, 2])
+def test_real_widths_err_at_most_twice_as_much_as_transformers(wide, wide_twin, crops):
+    """Two prompts of 700 tokens, beyond the window, or one with an image. The image's features are ours on both sides:
+    transformers 5.17 rotates vision patches by row first."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(13, 128000, (2 if crops is None else 1, 700), generator=generator)
+    images = ()
+    if crops is not None:
+        sizes = ((1, wide.config.vision.image_size), (crops, wide.config.vision.crop_size))
+        whole, parts = (torch.randn(n, 3, s, s, generator=generator).to("cuda", wide.dtype) for n, s in sizes)
+        images = whole, parts, [crops]
+        ids[0, 20 : 20 + len(wide.image_features(*images))] = wide.config.image_token_id
+    embeddings, got = wide.embed(ids, *images), wide(ids, *images)
+    theirs, wanted = wide_twin(inputs_embeds=embeddings).logits, exact_logits(wide, embeddings)
+    assert typical_error(got, wanted) < 2 * typical_error(theirs, wanted)
+
+
+@torch.inference_mode()
+def test_real_widths_in_a_batch_of_mixed_lengths_err_at_most_twice_as_much_as_transformers(wide, wide_twin):
+    """Prompts of 600, 3 and 2500 tokens in one step but for their last tokens, which a second step feeds."""
+    batch = [
+        torch.randint(13, 128000, (n,), generator=torch.Generator().manual_seed(n), device="cpu")
+        for n in (600, 3, 2500)
+    ]
+    cache = PagedCache(wide.config, 3, 2500, dtype=wide.dtype, device=wide.device)
+    counts = [len(p) - 1 for p in batch]
+    first = wide.trunk(wide.embed(torch.cat([p[:-1] for p in batch])), cache.tokens([0] * 3, counts))
+    second = wide.trunk(wide.embed(torch.stack([p[-1] for p in batch])), cache.tokens(counts, [1] * 3))
+    for r, prompt in enumerate(batch):
+        hidden = torch.cat((first.split(counts)[r], second[r : r + 1]))
+        embeddings = wide.embed(prompt[None])
+        got, wanted = wide.logits(hidden)[None], exact_logits(wide, embeddings)
+        theirs = wide_twin(inputs_embeds=embeddings).logits
+        assert typical_error(got, wanted) < 2 * typical_error(theirs, wanted)
+        assert relative_error(got[0, -1], wanted[0, -1]) < 2 * relative_error(theirs[0, -1], wanted[0, -1]) + 0.02
