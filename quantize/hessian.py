@@ -19,6 +19,13 @@ SHRINKAGE = 512  # tokens' worth of the layer's mean Hessian in that of an exper
 _COLUMNS = 128  # columns whose errors wait before they reach those behind: one product instead of eight
 
 
+def products(x: Tensor) -> Tensor:
+    """[tokens, k] float -> f32 [k, k]: x^T x."""
+    if x.is_cuda and x.dtype == torch.bfloat16:  # products of bf16 are exact in f32, on tensor cores too
+        return torch.mm(x.mT, x, out_dtype=torch.float32)
+    return x.float().mT @ x.float()
+
+
 def block_hessians(x: Tensor) -> Tensor:
     """[tokens, k] float -> f32 [k / 16, 16, 16]: the 16 x 16 blocks along the diagonal of x^T x."""
     blocks = x.float().unflatten(-1, (-1, BLOCK)).transpose(0, 1)

@@ -42,11 +42,7 @@ class WholeSequences:
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         """q [batch * length, heads, d], k and v alike, gate [batch * length, heads] -> q's shape."""
-        angle = self.positions.float()[:, None, None] * attention.inv_freq
-        q, k = (
-            rope(normalized(x.unflatten(0, (self.batch, self.length)), norm, attention.eps), angle).to(x.dtype)
-            for x, norm in ((q, attention.q_norm), (k, attention.k_norm))
-        )
+        q, k = self.rotated(attention, q, attention.q_norm), self.rotated(attention, k, attention.k_norm)
         # v is a view of q, k and v's product: some of torch's kernels misread it (2.11 on an H200, bf16 with a mask)
         v = v.contiguous().unflatten(0, (self.batch, self.length))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -56,3 +52,8 @@ class WholeSequences:
             seen &= behind < attention.layer.window
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1) * gate.float().sigmoid().to(out.dtype)[..., None]
+
+    def rotated(self, attention: Attention, x: Tensor, norm: Tensor) -> Tensor:
+        """q or k [batch * length, heads, d] -> [batch, length, heads, d], normalized and turned by its positions."""
+        angle = self.positions.float()[:, None, None] * attention.inv_freq
+        return rope(normalized(x.unflatten(0, (self.batch, self.length)), norm, attention.eps), angle).to(x.dtype)

@@ -32,7 +32,10 @@ class RMSNorm:
 
 
 def linear(x: Tensor, weight, out_dtype: torch.dtype | None = None) -> Tensor:
-    """x times the transpose of a weight in any format, in x's dtype or out_dtype."""
+    """x times the transpose of a weight in any format, or what a weight that can be called makes of it, in x's dtype or
+    out_dtype."""
+    if callable(weight):
+        return weight(x, out_dtype)
     if isinstance(weight, Tensor):
         return ops.linear(x, weight, out_dtype)
     if isinstance(weight, FP8Channels):

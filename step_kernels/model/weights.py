@@ -33,7 +33,9 @@ _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def routed_sum(x: Tensor, weights: Tensor, ids: Tensor, experts, limit: float | None) -> Tensor:
-    """nvfp4_moe for experts in any of the formats."""
+    """nvfp4_moe for experts in any of the formats, or what experts that can be called make of it."""
+    if callable(experts):
+        return experts(x, weights, ids, limit)
     if isinstance(experts, NVFP4Experts):
         return nvfp4_moe(x, weights, ids, experts, limit)
     compute = torch.promote_types(x.dtype, torch.float32)
