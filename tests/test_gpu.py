@@ -265,9 +265,6 @@ def twin(model, config, folder):
 def wide_twin(wide, tmp_path_factory):
     from bench.release import released
 
-    for layer in wide.layers:
-        if isinstance(layer.ffn, MoE):  # transformers may hold them in bf16
-            layer.ffn.gate = layer.ffn.gate.bfloat16().float()
     config = {"model_type": "step3p7", **released(6)}
     return twin(wide, config, tmp_path_factory.mktemp("twin"))
 

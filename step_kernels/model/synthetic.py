@@ -54,6 +54,8 @@ class RandomWeights:
         fan_in = 100 if len(shape) == 1 else shape[-1] if len(shape) == 3 else torch.Size(shape[1:]).numel()
         x = torch.empty(shape, dtype=torch.float32 if keep else self.dtype, device=self.device)
         x.normal_(0, 1.0 if "embed" in name else fan_in**-0.5, generator=self.generator)
+        if name.endswith(".moe.gate.weight"):
+            x = x.bfloat16().to(x.dtype)  # as the release stores it
         return x.add_(1) if ".ln_" in name and name.endswith("weight") else x  # a LayerNorm's is no delta
 
     def scalar(self, name: str, default: float) -> Tensor:
