@@ -9,20 +9,27 @@ from step_kernels.testing import relative_error
 
 HIDDEN, EXPERTS, TOP_K, SCALE = 4096, 288, 8, 3.0
 MARGIN = 1e-5  # between two experts' scores, below which f32 sums may order them otherwise
-CASES = {f"{tokens} tokens": tokens for tokens in (1, 8, 64, 1024, 8192)}
+# Tokens, and whether the weight is rounded to bf16, as the release stores it.
+CASES = {f"{tokens} tokens": (tokens, True) for tokens in (1, 8, 64, 1024, 8192)}
+CASES |= {f"{tokens} tokens, f32 weight": (tokens, False) for tokens in (1, 64, 8192)}
 
 
-def inputs(tokens: int) -> tuple:
+def inputs(case: tuple[int, bool]) -> tuple:
     """The op's arguments, random, with logits of size 1.3 as the release's."""
+    tokens, rounded = case
     x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(EXPERTS, HIDDEN, device="cuda") * 1.3 / HIDDEN**0.5
+    if rounded:
+        weight = weight.bfloat16().float()
+    torch.cuda.synchronize()  # the kernel may read a weight before the kernel ahead of it has ended
     return x, weight, torch.randn(EXPERTS, device="cuda") * 0.1, TOP_K, SCALE
 
 
-def work(tokens: int) -> tuple[int, int]:
-    """Bytes that must move and matrix FLOP: x and the f32 weight, in three bf16 parts, read; choices written."""
+def work(case: tuple[int, bool]) -> tuple[int, int]:
+    """Bytes that must move and matrix FLOP: x and the f32 weight, in one or three bf16 parts, read; choices written."""
+    tokens, rounded = case
     size = 2 * tokens * HIDDEN + 4 * EXPERTS * (HIDDEN + 1) + 8 * TOP_K * tokens
-    return size, 3 * 2 * tokens * HIDDEN * EXPERTS
+    return size, (1 if rounded else 3) * 2 * tokens * HIDDEN * EXPERTS
 
 
 def contenders() -> dict:

@@ -46,16 +46,17 @@ extern "C" __global__ void __launch_bounds__(kSortThreads) sm90_nvfp4_moe_prefil
 }
 
 // Every block works out where each expert's rows begin and, from the counts of the blocks before, its own among them;
-// the first writes the tiles. A block's rows of an expert are in no particular order: a row's result does not depend
-// on its place.
+// the first writes the tiles, largest first: the products' blocks take them in turns, and so get about the same. A
+// block's rows of an expert are in no particular order: a row's result does not depend on its place.
 extern "C" __global__ void __launch_bounds__(kSortThreads) sm90_nvfp4_moe_prefill_sort(
     const int* ids,     // [pairs]
     const int* counts,  // [blocks, experts], or null for one block
     int* position,      // [pairs]: row of the sorted x, -1 for an expert that is not here
     int4* tiles,        // {expert, first row, tokens, 0}
-    int* tile_count, int pairs, int experts, int size0, int size1, int size2, int size3) {  // sizes ascend
+    int* tile_count, int pairs, int experts, u32 sizes) {  // bit i: a tile may have 8 * (i + 1) tokens
   __shared__ int s_count[kSortThreads];
   __shared__ u64 s_sum[kSortThreads / 32];
+  __shared__ u32 s_tiles[kSortThreads];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int2 range = share(pairs);
   int tokens = 0, before = 0;
@@ -73,9 +74,9 @@ extern "C" __global__ void __launch_bounds__(kSortThreads) sm90_nvfp4_moe_prefil
     tokens = s_count[thread];
   }
 
-  const int count = (tokens + size3 - 1) / size3;
-  const int each = count ? (tokens + count - 1) / count : 0;
-  const int size = each <= size0 ? size0 : each <= size1 ? size1 : each <= size2 ? size2 : size3;
+  const int largest = 8 * (32 - __clz(sizes)), count = (tokens + largest - 1) / largest;
+  const int eighth = count ? ((tokens + count - 1) / count - 1) / 8 : 0;  // of a tile's tokens, of the last
+  const int size = 8 * (eighth + __ffs(sizes >> eighth));
   const u64 own = static_cast<u64>(count) << 32 | static_cast<unsigned>(count * size);  // tiles, rows
   u64 sum = own;
 #pragma unroll
@@ -84,11 +85,23 @@ extern "C" __global__ void __launch_bounds__(kSortThreads) sm90_nvfp4_moe_prefil
     if (lane >= step) sum += left;
   }
   if (lane == 31) s_sum[warp] = sum;
+  constexpr int kCountBits = 22;
+  s_tiles[thread] = size << kCountBits | count;
   __syncthreads();
   for (int i = 0; i < warp; ++i) sum += s_sum[i];
-  const int first_tile = static_cast<int>((sum - own) >> 32), first_row = static_cast<int>(sum - own);
+  const int first_row = static_cast<int>(sum - own);
   if (blockIdx.x == 0) {
     if (thread == kSortThreads - 1) *tile_count = static_cast<int>(sum >> 32);
+    int first_tile = 0;
+    if (count) {
+#pragma unroll 8
+      for (int other = 0; other < experts; ++other) {
+        const u32 its = s_tiles[other];
+        const int its_size = its >> kCountBits;
+        const bool ahead = its_size > size || its_size == size && other < thread;
+        first_tile += ahead ? its & ((1 << kCountBits) - 1) : 0;
+      }
+    }
     for (int i = 0; i < count; ++i) tiles[first_tile + i] = make_int4(thread, first_row + i * size, size, 0);
   }
   s_count[thread] = first_row + before;  // from here on the expert's next free row of this block

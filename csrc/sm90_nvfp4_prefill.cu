@@ -22,11 +22,31 @@
 //
 // Tiles of fewer tokens are sm90_nvfp4_prefill_few.cu's where that is faster (step_kernels/cuda/nvfp4_prefill.py).
 // For the experts see sm90_nvfp4_moe_prefill.cu: it makes the table of tiles. An expert's tokens are split evenly into
-// tiles of a multiple of 32, so that 257 tokens cost 2 * 160 and not 512. Which tiles exist is decided on the device.
+// tiles of a multiple of 16, so that 257 tokens cost 2 * 144 and not 512. Which tiles exist is decided on the device.
 
 #include "common/nvfp4_sm90_prefill_many.cuh"
 
+constexpr int kLeastTokens = 32, kTokenStep = 16;  // of a tile, which is at most kMostTokens; of an output's copy
 constexpr int kSmallTile = 96;  // tokens up to which weights are prefetched into L2
+
+// d += a chunk's products for the first `tokens` of x, kLow to kHigh. One array for all sizes and a branch around the
+// products alone: with a loop a size, ptxas gives up on overlapping wgmma when their sizes add up to about 640.
+template <int kLow, int kHigh>
+__device__ __forceinline__ void multiply_chunk(int tokens, float (&d)[kMostTokens / 2], const unsigned (&a)[4][4],
+                                               u64 x) {
+  if constexpr (kLow == kHigh) {
+    wgmma_fence();
+#pragma unroll
+    for (int q = 0; q < 4; ++q) Wgmma<kLow>::run(d, a[q], x + 2 * q);
+    wgmma_commit();  // here: behind the branch, it would be a second group
+  } else {
+    constexpr int kMiddle = (kLow + kHigh) / 2 / kTokenStep * kTokenStep;
+    if (tokens <= kMiddle)
+      multiply_chunk<kLow, kMiddle>(tokens, d, a, x);
+    else
+      multiply_chunk<kMiddle + kTokenStep, kHigh>(tokens, d, a, x);
+  }
+}
 
 struct Consumer {
   const Work& work;
@@ -51,9 +71,9 @@ struct Consumer {
   }
 
   // Leaves the first weight tiles of the next tile, from number `next` on, in `ahead`.
-  template <int kTokens, bool kPaired>
-  __device__ __forceinline__ void run(const Tile& tile, int current, int next) {
-    float d[kTokens / 2];  // cleared by hand: by wgmma's predicate, ptxas has it live through every other tile size
+  template <bool kPaired>
+  __device__ __forceinline__ void run(const Tile& tile, int tokens, int current, int next) {
+    float d[kMostTokens / 2];  // cleared by hand: by wgmma's predicate, ptxas has it live through every other tile size
 #pragma unroll
     for (float& v : d) v = 0.0f;
     unsigned a[2][4][4];
@@ -67,11 +87,8 @@ struct Consumer {
         expand(ahead[i], a[i % 2]);
         load(first, left, i);
         barrier_wait(full + 8 * i, parity);
-        wgmma_fence();
         const u64 x = tile_descriptor(stages + i * kStageBytes);
-#pragma unroll
-        for (int q = 0; q < 4; ++q) Wgmma<kTokens>::run(d, a[i % 2][q], x + 2 * q);
-        wgmma_commit();
+        multiply_chunk<kLeastTokens, kMostTokens>(tokens, d, a[i % 2], x);
         wgmma_wait<1>();
         if (i > 0 || chunk > 0) release((i + kStages - 1) % kStages);
         if (i == kLead - 1 && leads) {
@@ -85,12 +102,12 @@ struct Consumer {
 #pragma unroll
     for (float& v : d) asm volatile("" : "+f"(v)::"memory");  // nothing reads the sums before this
     release(kStages - 1);
-    write_tile<kTokens, kPaired>(d, weight, out, tile.expert, block_of(tile, cta, group), tile.first, limit, staging,
-                                 1 + group);
+    write_tile<kMostTokens, kPaired, kTokenStep>(d, weight, out, tile.expert, block_of(tile, cta, group), tile.first,
+                                              limit, staging, 1 + group, tokens);
   }
 };
 
-template <bool kPaired, int... kTokens>
+template <bool kPaired>
 __device__ __forceinline__ void prefill(const Maps& maps, const Work& work, const Weight& weight, float limit) {
   extern __shared__ char s_bytes[];
   __shared__ u64 s_full[kStages], s_empty[kStages];
@@ -126,7 +143,7 @@ __device__ __forceinline__ void prefill(const Maps& maps, const Work& work, cons
 #pragma unroll 1
           for (int i = 0; i < kStages; ++i) {
             barrier_wait(empty + 8 * i, parity);
-            barrier_expect(full + 8 * i, tile.tokens * kTileK * 2);
+            barrier_expect(full + 8 * i, (tile.tokens + kBox - 1) / kBox * kBox * kTileK * 2);
 #pragma unroll 1
             for (int row = cta * kBox; row < tile.tokens; row += kCluster * kBox)
               copy_box(stages + i * kStageBytes + row * kTileK * 2, &maps.x, (chunk + i) * kTileK, tile.first + row,
@@ -152,7 +169,7 @@ __device__ __forceinline__ void prefill(const Maps& maps, const Work& work, cons
         const Tile next_tile = tile_at(work, min(index + clusters, count - 1));
         const int next = first_weights(weight, next_tile, cta, group - 1);
         const int tokens = __shfl_sync(kAllLanes, tile.tokens, 0);
-        ((tokens == kTokens ? consumer.run<kTokens, kPaired>(tile, current, next) : void()), ...);
+        consumer.run<kPaired>(tile, tokens, current, next);
         tile = next_tile;
         current = next;
       }
@@ -163,20 +180,15 @@ __device__ __forceinline__ void prefill(const Maps& maps, const Work& work, cons
   cluster_sync();  // the other CTA may still arrive here
 }
 
-#define PRODUCT(name, paired, ...)                                                                              \
+#define PRODUCT(name, paired)                                                                                   \
   extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)                    \
       name(const uint4* codes, const uint2* scales, const float* global_scale, const int4* tiles,              \
            const int* tile_count, int token_tiles, int tile_tokens, int group, int row_tiles, int blocks,       \
            int chunks, int parts, int rows, float limit, const __grid_constant__ Maps maps) {                   \
     const Work work = {tiles, tile_count, token_tiles, tile_tokens, group, row_tiles};                          \
     const Weight weight = {codes, scales, global_scale, blocks, chunks, parts, rows};                           \
-    prefill<paired, __VA_ARGS__>(maps, work, weight, limit);                                                    \
+    prefill<paired>(maps, work, weight, limit);                                                    \
   }
 
-// By the largest tile. ptxas gives up on overlapping wgmma when the sizes of a kernel add up to more than about 640.
-PRODUCT(sm90_nvfp4_prefill_plain_128, false, 32, 64, 96, 128)
-PRODUCT(sm90_nvfp4_prefill_plain_160, false, 64, 96, 128, 160)
-PRODUCT(sm90_nvfp4_prefill_plain_256, false, 128, 224, 256)
-PRODUCT(sm90_nvfp4_prefill_paired_128, true, 32, 64, 96, 128)
-PRODUCT(sm90_nvfp4_prefill_paired_160, true, 64, 96, 128, 160)
-PRODUCT(sm90_nvfp4_prefill_paired_256, true, 128, 224, 256)
+PRODUCT(sm90_nvfp4_prefill_plain_many, false)
+PRODUCT(sm90_nvfp4_prefill_paired_many, true)

@@ -114,7 +114,8 @@ __device__ void sum_products(const unsigned short* x,  // bf16 [tokens, hidden],
     uint4 b[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      b[i] = 8 * tile < rows ? reinterpret_cast<const uint4*>(x)[4 * i] : make_uint4(0, 0, 0, 0);
+      // From L2: with programmatic launch L1 could hold what was there before the kernel that wrote x.
+      b[i] = 8 * tile < rows ? __ldcg(reinterpret_cast<const uint4*>(x) + 4 * i) : make_uint4(0, 0, 0, 0);
     }
     float total[4] = {};
 #pragma unroll

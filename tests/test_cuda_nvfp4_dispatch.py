@@ -1,7 +1,7 @@
 """Which Hopper kernel serves each layer at each number of tokens: the tables below, on an H200's 132 multiprocessors.
 
-t2, t4, t8 decode: so many tokens share a read of the weights. few_64 to 256 are prefill kernels by their largest tile;
-with a + they split k and a second kernel sums. A change of thresholds shows as a difference of two tables.
+t2, t4, t8 decode: so many tokens share a read of the weights. few_64 to many are prefill kernels, a number is their
+largest tile; with a + they split k and a second kernel sums. A change of thresholds shows as a difference of tables.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from step_kernels.prepared import PreparedWeight, tiles
 
 LINEARS = """
 tokens      1  2  3  4  5  8  9       16      17      32      33      64      128      256      1024     8192
-8192x4096   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ 128      256      256
-12288x4096  t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ 256      256      256
-1024x4096   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_64+  few_64+  few_128+ 256
-64x4096     t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_64+  few_64+  few_64+  128
-96x4096     t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_64+  few_64+  few_64+  128
-4096x8192   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ few_128+ 256      256
-4096x12288  t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ few_128+ 256      256
-11264x4096  t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ 256      256      256
-4096x11264  t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ few_128+ 256      256
-1280x4096   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_64+  few_64+  few_128+ 256
-4096x1280   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ 128      128      256      256
-128896x4096 t2 t2 t4 t4 t8 t8 few_64  few_64  few_64  few_64  few_64  few_64  few_128  256      256      256
+8192x4096   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ many     many     many
+12288x4096  t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ many     many     many
+1024x4096   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_64+  few_64+  few_128+ many
+64x4096     t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_64+  few_64+  few_64+  many
+96x4096     t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_64+  few_64+  few_64+  many
+4096x8192   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ few_128+ many     many
+4096x12288  t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ few_128+ many     many
+11264x4096  t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ many     many     many
+4096x11264  t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_128+ few_128+ many     many
+1280x4096   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ few_64+  few_64+  few_128+ many
+4096x1280   t2 t2 t4 t4 t8 t8 few_64+ few_64+ few_64+ few_64+ few_64+ few_64+ many     many     many     many
+128896x4096 t2 t2 t4 t4 t8 t8 few_64  few_64  few_64  few_64  few_64  few_64  few_128  many     many     many
 """
 
 EXPERTS = """
 tokens   1   2   3  4  5  8  10 11 16 32 33        64        128       256       512       1024      2048   4096    8192
-288x1280 few few t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
-288x640  few few t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
-288x320  few few t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
-288x160  few few t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 256
-36x1280  few few t4 t4 t4 t4 t8 t8 t8 t8 halves_32 halves_32 halves_48 few_96    few_128   256       256    256     256
+288x1280 few few t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 many
+288x640  few few t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 many
+288x320  few few t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 many
+288x160  few few t2 t2 t2 t2 t2 t4 t4 t4 halves_32 halves_32 halves_32 halves_32 halves_32 halves_48 few_96 few_128 many
+36x1280  few few t4 t4 t4 t4 t8 t8 t8 t8 halves_32 halves_32 halves_48 few_96    few_128   many      many   many    many
 """
 
 

@@ -73,7 +73,7 @@ def signature(source: str, symbol: str) -> str:
     """The struct codes of a kernel's parameters, read off its source; a tensor map is 16 q."""
     text = re.sub(r"//[^\n]*|\\\n", "", (driver.CSRC / f"{source}.cu").read_text())
     names = re.search(rf"\b{symbol}\((.*?)\)\s*\{{", text, re.DOTALL)[1].split(",")
-    kinds = {"long long": "q", "int": "i", "float": "f", "TensorMap": 16 * "q", "Maps": 32 * "q"}
+    kinds = {"long long": "q", "int": "i", "u32": "I", "float": "f", "TensorMap": 16 * "q", "Maps": 32 * "q"}
     return "".join("P" if "*" in n else next(c for k, c in kinds.items() if re.search(rf"\b{k}\b", n)) for n in names)
 
 
@@ -100,6 +100,16 @@ def test_bounds_hold_the_tiles_of_any_routing():
             assert tiles <= most_tiles and rows <= most_rows
 
 
+@pytest.mark.parametrize("sizes", [*prefill.SIZES.values(), (128, 192), (128, 224, 256)], ids=str)
+def test_size_bits_tell_the_smallest_size_that_holds_a_tile_as_the_kernel_asks_them(sizes):
+    bits = prefill.size_bits(sizes)
+    assert 8 * bits.bit_length() == sizes[-1] and bits < 1 << 32
+    for tokens in range(1, sizes[-1] + 1):
+        eighth = (tokens - 1) // 8
+        above = bits >> eighth
+        assert 8 * (eighth + (above & -above).bit_length()) == next(s for s in sizes if s >= tokens)
+
+
 def plan(tokens: int, n: int, k: int) -> tuple[str, int, int]:
     return prefill.dense_plan(tokens, -(-n // 64), -(-k // 64), 132)
 
@@ -110,7 +120,7 @@ def plan(tokens: int, n: int, k: int) -> tuple[str, int, int]:
      (4096, 12288, 8192), (1024, 4096, 8192), (128896, 4096, 1024)],
 )  # fmt: skip
 def test_many_dense_tokens_take_the_tiles_measured_fastest(n, k, tokens):
-    assert plan(tokens, n, k) == ("256", 256, 1)
+    assert plan(tokens, n, k) == ("many", 256, 1)
 
 
 @pytest.mark.parametrize("n, k", [(8192, 4096), (4096, 8192), (1024, 4096), (4096, 12288), (4096, 1280)])
@@ -129,7 +139,7 @@ def test_splits_of_k_are_whole_steps_and_none_is_empty():
             assert (splits - 1) * each < steps <= splits * each
 
 
-@pytest.mark.parametrize("mean, name", [(7, "halves_32"), (28, "halves_48"), (227, "256"), (1000, "256")])
+@pytest.mark.parametrize("mean, name", [(7, "halves_32"), (28, "halves_48"), (227, "many"), (1000, "many")])
 def test_experts_tiles_follow_their_mean_number_of_tokens(mean, name):
     assert prefill.moe_kernel(mean) == name
 
@@ -155,7 +165,7 @@ def test_linear_is_rounded_once_at_every_tile_size(m, monkeypatch):
     w, x = dense(codes, scales, n, k), torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     outer = torch.tensor(1.0, device="cuda")
     plans = [(name, size, 1) for name, sizes in prefill.SIZES.items() for size in sizes]
-    splittable = [(name, size) for name, size, _ in plans if not name.isdecimal() and (size % 32 == 0 or m <= size)]
+    splittable = [(name, size) for name, size, _ in plans if name != "many" and (size % 32 == 0 or m <= size)]
     plans += [(*plan, splits) for plan in splittable for splits in (2, 4)]
     for plan in plans:
         monkeypatch.setattr(prefill, "dense_plan", lambda *_, plan=plan: plan)
@@ -333,10 +343,10 @@ def assert_moe_close(out, wanted):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["random", "zipf", "one expert", "elsewhere", "none"])
 @pytest.mark.parametrize("tokens, top_k", [(1, 1), (1023, 8), (1024, 8), (1100, 8), (5000, 7), (20000, 8)])
-def test_sort_gives_every_pair_a_row_of_its_own_in_its_experts_tiles(tokens, top_k, kind):
-    experts, sizes = 36, prefill.SIZES["128"]
-    ids = routing(kind, tokens, experts, top_k)
-    tiles, rows = prefill.bounds(ids.numel(), experts, prefill.SIZES["128"])
+@pytest.mark.parametrize("sizes", [prefill.SIZES["many"], prefill.SIZES["halves_48"], (128, 192)], ids=str)
+def test_sort_gives_every_pair_a_row_of_its_own_in_its_experts_tiles(tokens, top_k, kind, sizes):
+    experts, ids = 36, routing(kind, tokens, 36, top_k)
+    tiles, rows = prefill.bounds(ids.numel(), experts, sizes)
     position, table, count = prefill.sort(ids, experts, sizes, tiles)
     wanted, row = [], 0
     for expert, pairs in enumerate(ids[(ids >= 0) & (ids < experts)].bincount(minlength=experts).tolist()):
@@ -344,6 +354,7 @@ def test_sort_gives_every_pair_a_row_of_its_own_in_its_experts_tiles(tokens, top
         size = next(s for s in sizes if s * parts >= pairs) if pairs else 0
         wanted += [[expert, row + i * size, size, 0] for i in range(parts)]
         row += parts * size
+    wanted.sort(key=lambda tile: (-tile[2], tile[0], tile[1]))
     assert count.item() == len(wanted) <= tiles and table[: len(wanted)].tolist() == wanted and row <= rows
     owner = torch.full((rows,), -1, dtype=torch.int32, device="cuda")
     for expert, first, size, _ in wanted:
@@ -383,7 +394,7 @@ def test_moe_is_the_routed_sum_at_the_models_size(tokens):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["halves_32", "few_64", "256"])
+@pytest.mark.parametrize("name", ["halves_32", "few_64", "many"])
 def test_moe_in_parts_equals_moe_at_once(name, monkeypatch):
     monkeypatch.setattr(prefill, "moe_kernel", lambda _: name)
     gate_up, down = experts_of(16, 256, 64, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -95,7 +97,7 @@ def test_cuda_serves_every_generation_and_refuses_what_moe_topk_refuses():
         assert first(288, 33, capability) == ["cuda", "takes at most 512 experts and top 32, got 288 and 33"]
 
 
-def test_kernels_take_up_to_1024_tokens_and_whole_warps_of_k():
+def test_kernels_take_up_to_16384_tokens_and_whole_warps_of_k():
     from step_kernels.cuda.moe_router import takes
 
     assert [takes(tokens, 288, 4096) for tokens in (0, 1, 16384, 16385)] == [False, True, True, False]
@@ -103,11 +105,30 @@ def test_kernels_take_up_to_1024_tokens_and_whole_warps_of_k():
     assert takes(2, 288, 64) and not takes(2, 288, 96) and not takes(2, 288, 0)
 
 
+def test_many_tokens_have_a_kernel_of_their_own_on_hopper():
+    from step_kernels.cuda.moe_router import takes_many
+
+    assert [takes_many(tokens, 288, 4096) for tokens in (1024, 1025, 100000)] == [False, True, True]
+    assert takes_many(2000, 1, 64) and takes_many(2000, 288, 16384)
+    assert not any(takes_many(2000, *sizes) for sizes in ((289, 4096), (288, 96), (288, 16448), (288, 0)))
+
+
+def test_launchers_of_many_tokens_pack_the_parameters_of_their_kernels():
+    from step_kernels.cuda.moe_router import MANY, SPLIT
+
+    kinds = {"long long": "q", "int": "i", "float": "f", "TensorMap": 16 * "q"}
+    for kernel in (SPLIT, MANY):
+        text = re.sub(r"//[^\n]*", "", kernel.source.read_text())
+        names = re.search(rf"\b{kernel.symbol}\((.*?)\)\s*\{{", text, re.DOTALL)[1].split(",")
+        codes = ["P" if "*" in n else next(c for k, c in kinds.items() if re.search(rf"\b{k}\b", n)) for n in names]
+        assert kernel._layout.format == "".join(codes)
+
+
 gpu = pytest.mark.gpu
 
 
 @gpu
-@pytest.mark.parametrize("tokens", [0, 1, 2, 8, 9, 16, 17, 33, 64, 65, 300, 1024, 16385])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 8, 9, 16, 17, 33, 64, 65, 300, 1024])
 def test_every_token_gets_the_experts_of_float64(tokens):
     x, weight, bias = inputs(tokens, device="cuda")
     with sk.force("cuda"):
@@ -136,6 +157,80 @@ def test_shapes_that_leave_blocks_part_empty(experts, hidden, top_k, tokens):
     x, weight, bias = inputs(tokens, experts, hidden, device="cuda")
     with sk.force("cuda"):
         assert_routes(sk.moe_router(x, weight, bias, top_k, SCALE), x, weight, bias, top_k, clear=0.3)
+
+
+def in_bf16(weight, chunks):
+    """The weight, in some chunks of 64 k rounded to bf16."""
+    columns = torch.arange(weight.shape[1], device=weight.device) // 64
+    chosen = {"none": columns < 0, "all": columns >= 0, "every third": columns % 3 == 0}[chunks]
+    weight = torch.where(chosen, weight.bfloat16().float(), weight)
+    if weight.is_cuda:
+        torch.cuda.synchronize()
+    return weight
+
+
+@gpu
+@pytest.mark.parametrize("chunks", ["none", "all", "every third"])
+@pytest.mark.parametrize(
+    "tokens, experts, hidden, top_k",
+    [(1025, 288, 4096, 8), (8192, 288, 4096, 8), (20011, 288, 4096, 8), (1100, 7, 64, 7), (1152, 33, 1088, 32)],
+)
+def test_many_tokens_get_the_experts_of_float64_whatever_parts_a_weight_has(tokens, experts, hidden, top_k, chunks):
+    x, weight, bias = inputs(tokens, experts, hidden, device="cuda")
+    weight = in_bf16(weight, chunks)
+    with sk.force("cuda"):
+        got = sk.moe_router(x, weight, bias, top_k, SCALE)
+        again = sk.moe_router(x, weight, bias, top_k, SCALE)
+    assert all(map(torch.equal, got, again))
+    assert_routes(got, x, weight, bias, top_k, clear=0.3)
+
+
+@gpu
+def test_many_tokens_keep_all_bits_of_weights_of_very_different_sizes():
+    """Logits of 2^-20, and of 2^-19 for one expert, are what is left of weights of size 1."""
+    x = torch.ones(1100, 4096, device="cuda").to(BF16)
+    weight = torch.zeros(288, 4096, device="cuda")
+    weight[:, 0], weight[:, 3] = 1 + 2.0**-20, -1
+    weight[100, 0] += 2.0**-20
+    torch.cuda.synchronize()
+    weights, ids = sk.moe_router(x, weight, torch.zeros(288, device="cuda"), 2, SCALE)
+    assert (ids == torch.tensor([100, 0], device="cuda")).all()
+
+
+@gpu
+def test_many_tokens_are_read_with_their_strides_and_nan_stays_in_its_token():
+    x, weight, bias = inputs(1500, device="cuda")
+    wanted = sk.moe_router(x, weight, bias, 8, SCALE)
+    wide = torch.full((1500, 5000), torch.nan, device="cuda", dtype=BF16)
+    wide[:, 8:4104] = x
+    assert all(map(torch.equal, sk.moe_router(wide[:, 8:4104], weight, bias, 8, SCALE), wanted))
+    assert all(map(torch.equal, sk.moe_router(x.t().contiguous().t(), weight, bias, 8, SCALE), wanted))
+    x[777, 17] = torch.nan
+    weights, ids = sk.moe_router(x, weight, bias, 8, SCALE)
+    others = torch.arange(1500, device="cuda") != 777
+    assert torch.equal(weights[others], wanted[0][others]) and torch.equal(ids[others], wanted[1][others])
+    assert weights[777].isnan().all() and ids[777].tolist() == list(range(8))
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [1025, 1088, 1279])
+def test_the_kernel_for_many_tokens_writes_its_outputs_and_nothing_beside_them(tokens):
+    from step_kernels.cuda import moe_router
+
+    x, weight, bias = inputs(tokens, device="cuda")
+    weights = torch.full((tokens + 2, 8), -7.0, device="cuda")
+    ids = torch.full((tokens + 2, 8), -7, dtype=torch.int32, device="cuda")
+    parts = torch.full((64, 3, 288, 64), torch.nan, device="cuda", dtype=BF16)
+    counts = torch.full((66,), -7, dtype=torch.int32, device="cuda")
+    moe_router.SPLIT.launch((64, 1, 1), 288, weight, parts, counts[1:], 288, 4096)
+    assert counts.tolist() == [-7, *64 * [3], -7]
+    row, unit = torch.arange(288, device="cuda")[:, None], torch.arange(8, device="cuda")
+    unswizzled = parts.view(64, 3, 288, 8, 8)[:, :, row, unit ^ row % 8].flatten(3)
+    assert torch.equal(unswizzled.double().sum(1).permute(1, 0, 2).flatten(1), weight.double())
+    grid, x_map = (2 * -(-tokens // 128), 1, 1), moe_router.tensor_map(x, 64)
+    moe_router.MANY.launch(grid, 384, parts, counts[1:], bias, weights[1:], ids[1:], tokens, 288, 64, 8, SCALE, *x_map)
+    for out, wanted in zip((weights, ids), sk.moe_router(x, weight, bias, 8, SCALE)):
+        assert torch.equal(out[1:-1], wanted) and (out[0] == -7).all() and (out[-1] == -7).all()
 
 
 @gpu

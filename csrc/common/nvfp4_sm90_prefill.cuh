@@ -81,8 +81,16 @@ struct Wgmma;
 #define D5 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define D6 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
 #define D7 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define H1 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define H2 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define H3 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define H4 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define H5 ",%80,%81,%82,%83,%84,%85,%86,%87"
+#define H6 ",%96,%97,%98,%99,%100,%101,%102,%103"
+#define H7 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define R4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define R16(i) R4(i), R4(i + 4), R4(i + 8), R4(i + 12)
+#define R8(i) R4(i), R4(i + 4)
+#define R16(i) R8(i), R8(i + 8)
 #define WGMMA(tokens, list, a0, a1, a2, a3, b, ...)                                                           \
   template <>                                                                                                      \
   struct Wgmma<tokens> {                                                                                           \
@@ -95,13 +103,20 @@ struct Wgmma;
     }                                                                                                              \
   };
 WGMMA(32, D0, 16, 17, 18, 19, 20, R16(0))
+WGMMA(48, D0 H1, 24, 25, 26, 27, 28, R16(0), R8(16))
 WGMMA(64, D0 D1, 32, 33, 34, 35, 36, R16(0), R16(16))
+WGMMA(80, D0 D1 H2, 40, 41, 42, 43, 44, R16(0), R16(16), R8(32))
 WGMMA(96, D0 D1 D2, 48, 49, 50, 51, 52, R16(0), R16(16), R16(32))
+WGMMA(112, D0 D1 D2 H3, 56, 57, 58, 59, 60, R16(0), R16(16), R16(32), R8(48))
 WGMMA(128, D0 D1 D2 D3, 64, 65, 66, 67, 68, R16(0), R16(16), R16(32), R16(48))
+WGMMA(144, D0 D1 D2 D3 H4, 72, 73, 74, 75, 76, R16(0), R16(16), R16(32), R16(48), R8(64))
 WGMMA(160, D0 D1 D2 D3 D4, 80, 81, 82, 83, 84, R16(0), R16(16), R16(32), R16(48), R16(64))
+WGMMA(176, D0 D1 D2 D3 D4 H5, 88, 89, 90, 91, 92, R16(0), R16(16), R16(32), R16(48), R16(64), R8(80))
 WGMMA(192, D0 D1 D2 D3 D4 D5, 96, 97, 98, 99, 100, R16(0), R16(16), R16(32), R16(48), R16(64), R16(80))
-WGMMA(224, D0 D1 D2 D3 D4 D5 D6, 112, 113, 114, 115, 116, R16(0), R16(16), R16(32), R16(48), R16(64), R16(80),
-      R16(96))
+WGMMA(208, D0 D1 D2 D3 D4 D5 H6, 104, 105, 106, 107, 108, R16(0), R16(16), R16(32), R16(48), R16(64), R16(80), R8(96))
+WGMMA(224, D0 D1 D2 D3 D4 D5 D6, 112, 113, 114, 115, 116, R16(0), R16(16), R16(32), R16(48), R16(64), R16(80), R16(96))
+WGMMA(240, D0 D1 D2 D3 D4 D5 D6 H7, 120, 121, 122, 123, 124, R16(0), R16(16), R16(32), R16(48), R16(64), R16(80),
+      R16(96), R8(112))
 WGMMA(256, D0 D1 D2 D3 D4 D5 D6 D7, 128, 129, 130, 131, 132, R16(0), R16(16), R16(32), R16(48), R16(64), R16(80),
       R16(96), R16(112))
 
@@ -223,15 +238,16 @@ __device__ __forceinline__ float2 factors(const Weight& weight, int expert, int 
 }
 
 // A warpgroup's sums to shared memory, bf16 [token][64 rows], paired [token][32], swizzled. A thread holds rows
-// r = 16 * warp + lane / 4 and r + 8 of tokens 8 * j + 2 * (lane % 4) and the next in d[4 j ...].
+// r = 16 * warp + lane / 4 and r + 8 of tokens 8 * j + 2 * (lane % 4) and the next in d[4 j ...]. `tokens` count.
 template <int kTokens, bool kPaired>
 __device__ __forceinline__ void stage(const float* d, float low, float high, float limit, unsigned staging,
-                                      int thread) {
+                                      int thread, int tokens = kTokens) {
   const int lane = thread % 32, warp = thread / 32;
   if constexpr (kPaired) {
     const unsigned to = staging + lane * 64 + ((warp ^ lane / 2 % 4) << 4);
 #pragma unroll
     for (int j = 0; j < kTokens / 8; j += 4) {
+      if (8 * j >= tokens) break;
       unsigned m[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -245,6 +261,7 @@ __device__ __forceinline__ void stage(const float* d, float low, float high, flo
     const unsigned to = staging + in_pair * 128 + ((unit ^ lane % 8) << 4);
 #pragma unroll
     for (int j = 0; j < kTokens / 8; j += 2) {
+      if (8 * j >= tokens) break;
       unsigned m[4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -258,21 +275,26 @@ __device__ __forceinline__ void stage(const float* d, float low, float high, flo
 }
 
 // A warpgroup's tile of the output, 64-row block `block` x tokens from `first` on. The copy engine writes what is
-// staged while the next tile is computed, and leaves out what is beyond the output. `barrier` is the warpgroup's.
-template <int kTokens, bool kPaired>
+// staged while the next tile is computed, kStored tokens at a time, and leaves out what is beyond the output. `barrier`
+// is the warpgroup's.
+template <int kTokens, bool kPaired, int kStored = kBox>
 __device__ __forceinline__ void write_tile(float* d, const Weight& weight, const TensorMap* out, int expert, int block,
-                                           int first, float limit, unsigned staging, int barrier) {
+                                           int first, float limit, unsigned staging, int barrier,
+                                           int tokens = kTokens) {
   const int thread = thread_anew(), column = block * (kPaired ? 32 : 64);
   float2 factor = factors<kPaired>(weight, expert, column + thread / 32 * 16 + thread % 32 / 4);
   undo_debt<kTokens>(d, factor.x, factor.y);
   if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");  // the tile before has been read
   warpgroup_sync(barrier);
-  stage<kTokens, kPaired>(d, factor.x, factor.y, limit, staging, thread);
+  stage<kTokens, kPaired>(d, factor.x, factor.y, limit, staging, thread, tokens);
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   warpgroup_sync(barrier);
   if (thread == 0 && column < weight.rows) {
 #pragma unroll
-    for (int i = 0; i < kTokens; i += kBox) store_box(out, column, first + i, staging + i * (kPaired ? 64 : 128));
+    for (int i = 0; i < kTokens; i += kStored) {
+      if (i >= tokens) break;
+      store_box(out, column, first + i, staging + i * (kPaired ? 64 : 128));
+    }
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
   }
 }

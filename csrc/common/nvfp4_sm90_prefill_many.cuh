@@ -60,7 +60,7 @@ struct Work {
   const int4* tiles;       // [*tile_count] {expert, first row of x, tokens, 0}, or null: one weight, tiles alike
   const int* tile_count;
   int token_tiles;         // without `tiles`
-  int tile_tokens;         // without `tiles`: of each, a multiple of kBox
+  int tile_tokens;         // without `tiles`: of each
   int group;               // token tiles that go through the rows together
   int row_tiles;           // of a cluster: ceil(blocks / (kCluster * kBlocks))
   __device__ int count() const { return (tiles ? *tile_count : token_tiles) * row_tiles; }

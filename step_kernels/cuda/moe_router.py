@@ -1,4 +1,5 @@
-"""Launcher of csrc/smxx_moe_router.cu; more tokens, and what it does not take, go through a product and moe_topk."""
+"""Launchers of csrc/smxx_moe_router.cu and, for many tokens on Hopper, sm90_moe_router.cu; what neither takes goes
+through a product and moe_topk."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from . import moe_topk
 from .driver import Kernel
+from .nvfp4_prefill import TILE_K, tensor_map
 from .rms_norm import aligned
 
 MOST_TOKENS = 16384  # 8192 took 315 us on an H200, in f32 by cuBLAS and moe_topk 574
+FEWEST_OF_MANY = 1025  # 1024 take the kernels for fewer 43 us there, and less than an eighth of what many would use
 BLOCK_EXPERTS, BLOCK_K, THREADS = 16, 512, 256
 # By the tokens of a grid's layer and by the most experts; 288 are Step's.
 SUM = {
@@ -25,6 +28,13 @@ CHOOSE, ONE = (
     }
     for part, types in (("choose", "PPPPiiif"), ("one", "PPPPPPiiif"))
 )
+MANY_EXPERTS, MANY_CHUNKS, MANY_PARTS = 288, 256, 3  # the file's limits, and the bf16 parts of a weight
+MANY_TOKENS, MANY_THREADS = 64, 384  # of a block, of which two are a cluster
+SPLIT = Kernel("sm90_moe_router", "sm90_moe_router_split", "PPPii")
+MANY = Kernel(
+    "sm90_moe_router", "sm90_moe_router", "PPPPPiiiif" + 16 * "q",
+    1024 + 5 * 2 * TILE_K * (MANY_TOKENS + MANY_EXPERTS),  # alignment and stages
+)  # fmt: skip
 _STREAMS = 64  # that may route one token at a time without sharing partial sums
 _SUMS = 16384  # of a stream: Step's are 8 splits of hidden size 4096 times 288 experts
 _ABSENT = -1  # no sum has these bits
@@ -36,17 +46,35 @@ def takes(tokens: int, experts: int, hidden: int) -> bool:
     return 0 < tokens <= MOST_TOKENS and hidden > 0 and hidden % 64 == 0 and (tokens > 1 or sums <= _SUMS)
 
 
+def takes_many(tokens: int, experts: int, hidden: int) -> bool:
+    """Whether Hopper's kernel for many tokens is for these sizes, for x in bf16."""
+    chunks = hidden // TILE_K
+    return (
+        tokens >= FEWEST_OF_MANY and experts <= MANY_EXPERTS and hidden == chunks * TILE_K and 0 < chunks <= MANY_CHUNKS
+    )
+
+
 def launch(x: Tensor, weight: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor]:
     """[tokens, hidden], f32 [experts, hidden], f32 [experts] -> weights f32 [tokens, top_k], ids i32 [tokens, top_k].
 
     The kernel reads `weight` while the one ahead of it in the stream still runs, so that one must not write it.
     """
     (tokens, hidden), experts = x.shape, weight.shape[0]
-    if x.dtype != torch.bfloat16 or not takes(tokens, experts, hidden):
+    many = takes_many(tokens, experts, hidden) and _hopper(x.device.index)
+    if x.dtype != torch.bfloat16 or not (many or takes(tokens, experts, hidden)):
         return launch_apart(x, weight, bias, top_k, scale)
     weights = weight.new_empty(tokens, top_k)
     ids = weight.new_empty(tokens, top_k, dtype=torch.int32)
     x, weight, bias = aligned(x), aligned(weight.contiguous()), bias.contiguous()
+    if many:
+        chunks = hidden // TILE_K
+        parts = x.new_empty(chunks, MANY_PARTS, MANY_EXPERTS, TILE_K)
+        counts = ids.new_empty(chunks)
+        SPLIT.launch((chunks, 1, 1), MANY_EXPERTS, weight, parts, counts, experts, hidden)
+        grid = 2 * -(-tokens // (2 * MANY_TOKENS)), 1, 1
+        sizes = tokens, experts, chunks, top_k, scale
+        MANY.launch(grid, MANY_THREADS, parts, counts, bias, weights, ids, *sizes, *tensor_map(x, TILE_K))
+        return weights, ids
     splits, of_choice = -(-hidden // BLOCK_K), min(n for n in CHOOSE if n >= experts)
     grid = (splits, -(-experts // BLOCK_EXPERTS), 1)
     if tokens == 1:
@@ -64,6 +92,11 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, top_k: int, scale: float) ->
 def launch_apart(x: Tensor, weight: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor]:
     """The same, x of any type, by torch's product and moe_topk's kernel."""
     return moe_topk.launch(x.float() @ weight.mT, bias, top_k, scale)
+
+
+@functools.cache
+def _hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _partials(device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from .driver import Kernel
 from .nvfp4_prefill_plan import BLOCKS, HALVES_STEP, SIZES, STEP, bounds, dense_plan, moe_kernel
 
 TILE_ROWS, TILE_K = 64, 64
-BOX, HALVES_GROUP = 32, 8  # tokens of one copy; of a halves_ kernel's
+BOX, MANY_OUT, HALVES_GROUP = 32, 16, 8  # tokens of one copy; of the many kernel's outputs; of a halves_ kernel's
 GROUP = 8  # token tiles that go through the weight together: 16 MB of x at k = 4096, so that L2 holds them
 MAX_EXPERTS = 1024  # threads of the sort, one an expert
 _LARGEST = 1 << 30  # bytes of sorted x at a time, without its padding
@@ -49,7 +49,7 @@ def _kernels(kind: str) -> dict[str, Kernel]:
 PLAIN, PAIRED = _kernels("plain"), _kernels("paired")
 SUM = Kernel("sm90_nvfp4_prefill_few", "sm90_nvfp4_prefill_few_sum", "PPPiiiii", dependent=True)
 COUNT = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_count", "PPii")
-SORT = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_sort", "PPPPPiiiiii")
+SORT = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_sort", "PPPPPiiI")
 GATHER = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_gather", "PPPqii")
 HALVES = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_halves", "PPPPqiii")
 COMBINE = Kernel("sm90_nvfp4_moe_prefill", "sm90_nvfp4_moe_prefill_combine", "PPPPii")
@@ -66,7 +66,7 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor, n: in
     name, size, splits = dense_plan(len(rows), blocks, chunks, multiprocessors)
     token_tiles = -(-len(rows) // size)
     weight = (codes, scales, global_scale.contiguous())
-    if name.isdecimal():
+    if name == "many":
         _many(PLAIN[name], rows, weight, (0, 0, token_tiles, size, GROUP), out, n, multiprocessors)
         return out[:, :n].reshape(*x.shape[:-1], n)
     units = token_tiles * -(-size // BOX)
@@ -119,7 +119,7 @@ def _moe(x, weights, ids, gate_up, down, inner_size, limit, out) -> None:
         (PLAIN[name], down, sorted_rows, 64),  # the sorted x has been read
     ):
         weight = (*weight[:2], weight[2].contiguous())
-        if name.isdecimal():
+        if name == "many":
             work = (table, count, tiles, 0, 1)
             _many(kernel, values, weight, work, to, to.shape[1], multiprocessors, limit, columns)
         else:
@@ -139,9 +139,13 @@ def sort(ids: Tensor, experts: int, sizes: tuple[int, ...], tiles: int) -> tuple
     else:
         counts = ids.new_empty(blocks, experts)
         COUNT.launch((blocks, 1, 1), 1024, ids, counts, pairs, experts)
-    values = (ids, counts, position, table, count, pairs, experts, *(sizes + 3 * sizes[-1:])[:4])
-    SORT.launch((blocks, 1, 1), 1024, *values)
+    SORT.launch((blocks, 1, 1), 1024, ids, counts, position, table, count, pairs, experts, size_bits(sizes))
     return position, table, count
+
+
+def size_bits(sizes: tuple[int, ...]) -> int:
+    """Bit i set where 8 * (i + 1) is one of the sizes."""
+    return sum(1 << size // 8 - 1 for size in sizes)
 
 
 def _few(kernel, x, weight, work, splits, out, rows, multiprocessors, limit=0.0, box_columns=64) -> None:
@@ -180,7 +184,7 @@ def _many(kernel, x, weight, work, out, rows, multiprocessors, limit=0.0, box_co
     shape = _shape(weight)
     row_tiles = -(-shape[0] // BLOCKS)
     clusters = min(multiprocessors // 2, work[2] * row_tiles)
-    maps = (*tensor_map(x, TILE_K), *tensor_map(out, box_columns))
+    maps = (*tensor_map(x, TILE_K), *tensor_map(out, box_columns, MANY_OUT))
     kernel.launch((2 * clusters, 1, 1), 384, *weight, *work, row_tiles, *shape, rows, limit, *maps)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 
-# Tile sizes (tokens) of each kernel, ascending. A kernel's sizes share its registers: no more fit.
+# Tile sizes (tokens) of each kernel, ascending, multiples of 8.
 SIZES = {
     "halves_32": (8, 16, 24, 32), "halves_48": (24, 32, 40, 48),
     "few_64": (32, 64), "few_96": (64, 96), "few_128": (128,),
-    "128": (32, 64, 96, 128), "160": (64, 96, 128, 160), "256": (128, 224, 256),
+    "many": tuple(range(32, 257, 16)),
 }  # fmt: skip
 BLOCKS = 4  # of 64 rows: the CTA of a few_ or halves_ kernel, or a cluster of two CTAs
 STEP, HALVES_STEP = 2, 4  # chunks of 64 k that a few_ or a halves_ kernel takes at a time
@@ -32,9 +32,8 @@ def dense_plan(tokens: int, blocks: int, chunks: int, multiprocessors: int) -> t
     plans = []
     for size in _CLOCKS:
         tiles = -(-tokens // size) * row_tiles
-        name = next(name for name, sizes in SIZES.items() if size in sizes and name.isdecimal())
         clocks = -(-tiles // (multiprocessors // 2)) * (chunks * _CLOCKS[size] + _TILE_CLOCKS)
-        plans.append((clocks, name, size, 1))
+        plans.append((clocks, "many", size, 1))
     for size in _FEW_CLOCKS:
         tiles = -(-tokens // size) * row_tiles
         name = next(name for name, sizes in SIZES.items() if size in sizes and name.startswith("few_"))
@@ -48,6 +47,12 @@ def dense_plan(tokens: int, blocks: int, chunks: int, multiprocessors: int) -> t
     return min(plans)[1:]
 
 
+def _many_clocks(size: int) -> float:
+    """_CLOCKS, on a line between the sizes that were measured."""
+    below, above = max(s for s in _CLOCKS if s <= size), min(s for s in _CLOCKS if s >= size)
+    return _CLOCKS[below] + (_CLOCKS[above] - _CLOCKS[below]) * (size - below) / max(1, above - below)
+
+
 def moe_kernel(mean: float) -> str:
     """The kernel that is best where experts have `mean` tokens, give or take its square root."""
 
@@ -57,7 +62,7 @@ def moe_kernel(mean: float) -> str:
         for tokens in (mean + deviations * mean**0.5 for deviations in (-1.5, -0.5, 0.5, 1.5)):
             count = max(1, -(-tokens // largest))
             size = next(s for s in SIZES[name] if s * count >= tokens)
-            total += count * (table[size] + 80 if table else 2 * (_CLOCKS[size] + 80))
+            total += count * (table[size] + 80 if table else 2 * (_many_clocks(size) + 80))
         return total
 
     return min(SIZES, key=clocks)
