@@ -153,7 +153,8 @@ def _report(prompt: int, times: list[float], drafts, device: torch.device) -> st
     lines.append(f"generated   {new} tokens{rate}")
     if drafts.drafted and drafts.drafted[0]:
         kept = " / ".join(f"{a / d:.2f}" for a, d in zip(drafts.accepted, drafts.drafted))
-        lines.append(f"drafts      {drafts.drafted[0]} rounds, kept by depth {kept}")
+        rounds = drafts.drafted[0]
+        lines.append(f"drafts      {rounds} rounds of {(new - 1) / rounds:.2f} tokens, kept by depth {kept}")
     if device.type == "cuda":
         lines.append(f"peak memory {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on {device}")
     else:

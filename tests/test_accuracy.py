@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from bench import accuracy, accuracy_report, corpus, digits, quality
 from bench.run import RESULTS
 from step_kernels.generate import BUNDLED
-from step_kernels.model import Step3p7, generation
+from step_kernels.model import Step3p7
 from step_kernels.model.chat import Chat
-from step_kernels.model.generation import DraftStats, generate
+from step_kernels.model.drafts import Drafts, DraftStats
+from step_kernels.model.generation import generate
 from step_kernels.model.image import prepare
 
 CPU = torch.device("cpu")
@@ -142,14 +143,16 @@ def test_drafts_are_counted_where_tokens_are_left_for_them(model, monkeypatch):
     greedy = [list(model.generate(tokens[:64], **options)) for tokens in texts]
     right = (3, 0, 1)  # drafts that agree, by request
 
-    def oracle(model, cache, requests):
-        drafts = []
-        for request, own, good in zip(requests, greedy, right):
-            future = [*own[request.new : request.new + 3], 13, 13, 13][:3]
-            drafts.append([t if i < good else (t + 1) % model.config.vocab_size for i, t in enumerate(future)])
-        return [[] if request.finished else draft for request, draft in zip(requests, drafts)]
+    def oracle(drafts, source, target, position, padding, query_start):
+        out = []
+        for request, said in zip(source.tolist(), (position - 63).tolist()):
+            future = [*greedy[request][said : said + 3], 13, 13, 13][:3]
+            good = right[request]
+            out.append([t if i < good else (t + 1) % model.config.vocab_size for i, t in enumerate(future)])
+        drafts.take(target, position[:, None] + drafts.ahead[1:], torch.tensor(out))
+        return torch.tensor(out)
 
-    monkeypatch.setattr(generation, "_draft", oracle)
+    monkeypatch.setattr(Drafts, "draft", oracle)
     offered, kept = quality.count_drafts(model, "model", texts)
     assert offered.tolist() == [[16, 16, 16], [63, 62, 61], [32, 31, 31]]
     assert kept.tolist() == [[16, 16, 16], [0, 0, 0], [32, 0, 0]]

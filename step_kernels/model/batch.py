@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from .cache import PagedCache, upload
 from .decoding import Chosen, Decoder
+from .drafts import DraftStats
 from .sampling import Sampling
 
 
 class Request:
-    """A prompt and what follows it. `length`: tokens at the end, at most; `images`: arguments of Step3p7.embed."""
+    """A prompt and what follows it. `length`: positions that it may take; `images`: arguments of Step3p7.embed."""
 
     def __init__(self, model, number: int, prompt: list[int], *, new: int, stop: set[int], sampling: Sampling,
                  images: dict | None = None, depths: int = 0):  # fmt: skip
         model.embed(torch.tensor([min(prompt), max(prompt)]))  # which refuses ids that are none
         self.number, self.prompt, self.limit, self.stop, self.sampling = number, len(prompt), new, stop, sampling
-        self.tokens = list(prompt)  # and those chosen, as far as the host knows
+        self.tokens = list(prompt)
         self.places, self.features = [], None  # of image tokens in the prompt, and what stands there instead
         if images:
             self.places = [i for i, token in enumerate(prompt) if token == model.config.image_token_id]
             self.features = model.embed(torch.tensor([prompt[i] for i in self.places], dtype=torch.long), **images)
         self.depths, self.seen = depths, 0  # of drafts; tokens of the prompt that the trunk has seen
         self.row = None  # of the cache, once admitted
-        self.launched = self.new = 0  # tokens chosen, and those of them that the host knows
+        self.new = self.unread = 0  # tokens that the host knows, and steps of one or more that it has yet to read
         self.finished = False
-        self.done = [0] * depths  # by depth: items whose token is settled and computed
-        self.tail = [model.embed_tokens[:0]] * depths  # by depth: hidden states that wait for their token
 
     @property
     def length(self) -> int:
-        return self.prompt + self.limit + self.depths
+        # a round may begin up to `depths` tokens past the last one, where one is unread, and feeds as many drafts
+        return self.prompt + self.limit + 2 * self.depths
 
     @property
     def is_decoding(self) -> bool:
@@ -43,14 +43,14 @@ class Request:
 
     def keep(self, token: int) -> None:
         """Take a chosen token."""
-        self.tokens.append(token)
         self.new += 1
-        self.launched = max(self.launched, self.new)
         self.finished = self.new == self.limit or token in self.stop
 
     def embed(self, model, begin: int, end: int) -> Tensor:
-        """Embeddings of the tokens begin to end [end - begin, hidden], the prompt's with its image features."""
-        x = model.embed_tokens[upload(torch.tensor(self.tokens[begin:end], dtype=torch.long), model.device)]
+        """Embeddings [end - begin, hidden] of the prompt and its image features; behind the prompt any."""
+        tokens = self.tokens[begin:end]
+        tokens += self.tokens[-1:] * (end - begin - len(tokens))
+        x = model.embed_tokens[upload(torch.tensor(tokens), model.device)]
         at = [n for n, place in enumerate(self.places) if begin <= place < end]
         if at:
             rows = upload(torch.tensor([self.places[n] - begin for n in at]), model.device)
@@ -61,8 +61,10 @@ class Request:
 class Batch:
     """Requests in a cache, each with a row of its tables; those for which there is no room wait their turn."""
 
-    def __init__(self, model, cache: PagedCache, decoder: Decoder, requests: Iterable[Request], chunk: int):
-        self.model, self.cache, self.decoder, self.chunk = model, cache, decoder, chunk
+    def __init__(
+        self, model, cache: PagedCache, decoder: Decoder, requests: Iterable[Request], chunk: int, stats: DraftStats
+    ):
+        self.model, self.cache, self.decoder, self.chunk, self.stats = model, cache, decoder, chunk, stats
         self.waiting = deque(requests)
         self.requests: list[Request | None] = [None] * cache.requests  # by row; a finished one until its row is taken
         self.prefilling: deque[int] = deque()  # rows
@@ -83,11 +85,8 @@ class Batch:
             self.decoder.admit(row, request.sampling, request.number)
             self.prefilling.append(row)
 
-    def prefill(self, follow: Callable | None = None) -> tuple[list[Request], Chosen] | None:
-        """Feed up to `chunk` tokens of prompts, first come first served; first tokens of the prompts that end here.
-
-        `follow(hidden)` gets the hidden states [tokens, hidden] of each row, None for rows that took no part.
-        """
+    def prefill(self) -> tuple[list[Request], Chosen] | None:
+        """Feed up to `chunk` tokens of prompts, first come first served; first tokens of the prompts that end here."""
         counts, starts, room = [0] * len(self.requests), [0] * len(self.requests), self.chunk
         for row in self.prefilling:
             starts[row] = self.requests[row].seen
@@ -96,41 +95,51 @@ class Batch:
         if not any(counts):
             return None
         fed = [(r, start, start + count) for r, start, count in zip(self.requests, starts, counts) if count]
-        x = torch.cat([request.embed(self.model, begin, end) for request, begin, end in fed])
-        hidden = self.model.trunk(x, self.cache.tokens(starts, counts))
+        embeddings = [request.embed(self.model, begin, end + request.depths) for request, begin, end in fed]
+        context = self.cache.tokens(starts, counts)
+        x = torch.cat([x[: end - begin] for x, (_, begin, end) in zip(embeddings, fed)])
+        hidden = self.model.trunk(x, context)
         for request, _, end in fed:
             request.seen = end
-        if follow:
-            follow([h if count else None for h, count in zip(hidden.split(counts), counts)])
+        if self.decoder.drafts:
+            rows, ends = zip(*((request.row, end) for request, _, end in fed))
+            self.decoder.drafts.prefill(rows, ends, embeddings, hidden, context)
         last = list(itertools.accumulate(end - begin for _, begin, end in fed))
         ended = [(request, end - 1) for (request, _, _), end in zip(fed, last) if request.seen == request.prompt]
         if not ended:
             return None
         for request, _ in ended:
             self.prefilling.remove(request.row)
-            request.launched = 1
-            if not request.depths:
-                self.cache.settle(request.row, request.prompt, request.length)
+            request.unread = 1
+            self.cache.settle(request.row, request.prompt, request.length)
         requests = [request for request, _ in ended]
         logits = self.model.logits(hidden[upload(torch.tensor([at for _, at in ended]), hidden.device)])
         return requests, self.decoder.start([r.row for r in requests], logits, [r.prompt for r in requests])
 
     def decode(self) -> tuple[list[Request], Chosen] | None:
-        """Launch one more token for all whose prompts have been fed and that may have more."""
-        active = [r for r in self.requests if r and r.is_decoding and r.launched < r.limit]
+        """Launch one more step of all whose prompts have been fed and that may have more tokens."""
+        active = [r for r in self.requests if r and r.is_decoding and r.new + r.unread < r.limit]
         if not active:
             return None
-        shortest = min(active, key=lambda request: request.prompt + request.launched)
+        shortest = min(active, key=lambda request: request.prompt + request.new + request.unread)
         for request in active:
-            request.launched += 1
+            request.unread += 1
         return active, self.decoder.step([request.row for request in active], shortest.row)
 
     def read(self, requests: list[Request], chosen: Chosen) -> Iterator[tuple[int, int]]:
         """(request, token) of a launch. What was launched for a request before its stop was known is dropped."""
-        for request, token in zip(requests, chosen.tolist()):
-            if not request.finished:
+        for request, tokens in zip(requests, chosen.lists()):
+            request.unread -= 1
+            if request.finished:
+                continue
+            before = request.new
+            for token in tokens:
                 self.keep(request, token)
                 yield request.number, token
+                if request.finished:
+                    break
+            if before:
+                self.stats.count(request.depths, min(len(tokens) - 1, request.new - before))
 
     def keep(self, request: Request, token: int) -> None:
         """Take a chosen token; a request that it ends gives its pages back."""

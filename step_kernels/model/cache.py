@@ -51,7 +51,8 @@ class PagedCache:
                 keep, alive = None, columns
                 pages = requests * columns if tokens is None else -(-tokens // page_size)
             else:
-                keep = window - 1 + mtp_depths  # a drafting layer restarts up to mtp_depths positions behind the trunk
+                # drafting layers begin mtp_depths + 1 positions behind the trunk again
+                keep = window + mtp_depths if mtp_depths else window - 1
                 alive = min(columns, (keep + mtp_depths - 1) // page_size + 2)  # of decoding
                 pages = requests * (min(columns, alive + new) if tokens is None else alive)
                 pages += 0 if tokens is None else min(requests * (columns - alive), new + 1)
@@ -134,6 +135,16 @@ class PagedCache:
         groups = dict(zip(self.groups, zip(slots, tables)))
         return hidden, CachedTokens(self, positions, lengths, query_start, groups)
 
+    def next_spans(self, rows: Tensor, positions: Tensor, padding: Tensor, query_start: Tensor) -> CachedTokens:
+        """The context of tokens of the requests `rows` (i64) at these positions (i32 [rows, n], each row's in order).
+
+        padding as next_tokens takes it; query_start (i32) is 0, n, 2n and so on.
+        """
+        pages = self.tables[:, rows[:, None], (positions // self.page_size).long()]
+        slots = torch.add(positions % self.page_size + padding[:, None], pages, alpha=self.page_size).flatten(1)
+        groups = dict(zip(self.groups, zip(slots, self.tables.index_select(1, rows))))
+        return CachedTokens(self, positions.flatten(), positions[:, -1] + 1, query_start, groups)
+
 
 class CachedTokens:
     """The context with a cache: tokens of some requests in a row, each request's in order."""
@@ -141,15 +152,6 @@ class CachedTokens:
     def __init__(self, cache: PagedCache, positions: Tensor, lengths: Tensor, query_start: Tensor, groups: dict):
         self.cache, self.groups = cache, groups
         self.positions, self.lengths, self.query_start = positions, lengths, query_start
-
-    def tensors(self) -> list[Tensor]:
-        """All that a step depends on besides its tokens, in a fixed order."""
-        return [self.positions, self.lengths, self.query_start, *(t for pair in self.groups.values() for t in pair)]
-
-    def clone(self) -> CachedTokens:
-        """The same step in tensors of its own."""
-        groups = {window: (slots.clone(), table.clone()) for window, (slots, table) in self.groups.items()}
-        return CachedTokens(self.cache, self.positions.clone(), self.lengths.clone(), self.query_start.clone(), groups)
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         """q [tokens, heads, d], k and v alike, gate [tokens, heads] -> q's shape; k and v join the cache."""

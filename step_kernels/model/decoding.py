@@ -1,4 +1,8 @@
-"""Decoding without the host: each step's tokens are chosen on the device and fed to the next step there."""
+"""Decoding without the host: each step's tokens are chosen on the device and fed to the next step there.
+
+With drafts a step is a round: it makes a request's drafts, feeds them behind its next token, chooses at each place, and
+keeps a token as long as the draft before it was the one chosen there: the trunk alone would have chosen all of them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from torch import Tensor
 
 from ..ops import choose
 from .cache import PagedCache, upload
+from .drafts import Drafts
 from .graph import capture
 from .sampling import Sampling, least_kept
 
@@ -17,12 +22,13 @@ _UNWRITTEN = -(1 << 30)  # makes any slot negative
 class Decoder:
     """One more token for some of a cache's requests, in a CUDA graph for each bucket of rows if `graphs`.
 
-    A request's next token to feed, its position and how to choose lie on the device at its number in the cache.
+    With `depths` of drafts, which the cache has layers for, up to so many more. A request's next token to feed, its
+    position and how to choose lie on the device at its number in the cache.
     Rows of a graph beyond the step's requests repeat one of them, so that they visit no experts of their own,
     and write nothing. Graphs are captured at their first use.
     """
 
-    def __init__(self, model, cache: PagedCache, graphs: bool):
+    def __init__(self, model, cache: PagedCache, graphs: bool, depths: int = 0):
         requests, device = cache.requests, model.device
         most = bucket(requests)
         self.model, self.cache, self.work = model, cache, [0] * requests
@@ -31,7 +37,8 @@ class Decoder:
         self.temperature, self.top_p = torch.zeros(2, requests + 1, device=device)
         self.position = torch.zeros(requests + 1, dtype=torch.int32, device=device)
         self.rows = torch.zeros(3, most, dtype=torch.int64, device=device)
-        self.query_start = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self.drafts = Drafts(model, cache, depths) if depths else None
+        self.query_start = torch.arange(most + 1, dtype=torch.int32, device=device) * (1 + depths)
         self.uploaded: tuple | None = None
         self.graphs: dict[tuple[int, int], tuple] | None = {} if graphs else None
         self.pool = torch.cuda.graph_pool_handle() if graphs else None
@@ -50,18 +57,25 @@ class Decoder:
     def start(self, requests: list[int], logits: Tensor, positions: list[int]) -> Chosen:
         """The same; they are the next tokens to feed."""
         rows, positions = (upload(torch.tensor(values), logits.device) for values in (requests, positions))
-        return Chosen(self._choose(rows, logits, positions, self._work(requests), rows))
+        tokens = self._choose(rows, logits, positions, self._work(requests), rows)
+        if self.drafts:
+            self.drafts.take(rows, positions[:, None], tokens[:, None])
+        return Chosen(tokens)
 
     def feed(self, requests: list[int], tokens: Tensor, positions: list[int]) -> None:
         """Let these tokens (i64 [requests]) be the next to feed, at these positions."""
         rows = upload(torch.tensor(requests), tokens.device)
+        positions = upload(torch.tensor(positions, dtype=torch.int32), tokens.device)
         self.token.index_copy_(0, rows, tokens)
-        self.position.index_copy_(0, rows, upload(torch.tensor(positions, dtype=torch.int32), tokens.device))
+        self.position.index_copy_(0, rows, positions)
+        if self.drafts:
+            self.drafts.take(rows, positions[:, None], tokens[:, None])
 
     def step(self, requests: list[int], repeated: int, rows: int | None = None) -> Chosen:
-        """Feed each request's next token and choose the one after it. Padding rows repeat the request `repeated`.
+        """Feed each request's next token and choose the one after it; with drafts, those after it.
 
-        `rows`: with padding; by default the requests' number, or its bucket where the step is a graph.
+        Padding rows repeat the request `repeated`. `rows`: with padding; by default the requests' number, or its bucket
+        where the step is a graph.
         """
         if rows is None:
             rows = len(requests) if self.graphs is None else bucket(len(requests))
@@ -88,12 +102,29 @@ class Decoder:
         self.uploaded = rows, list(requests)
 
     def _step(self, rows: int, work: int) -> Tensor:
-        """Nothing here is decided on the host. Tokens i64 [rows]."""
+        """Nothing here is decided on the host. Tokens i64 [rows]; a round's [rows, 2 + depths], their number first."""
         source, target, padding = self.rows[:, :rows]
+        if self.drafts:
+            return self._round(source, target, padding, work)
         inputs = source, self.token, self.position, padding, self.query_start[: rows + 1], self.model.embed_tokens
         hidden, context = self.cache.next_tokens(*inputs)
         logits = self.model.logits(self.model.trunk(hidden, context))
         return self._choose(source, logits, context.lengths, work, target)
+
+    def _round(self, source: Tensor, target: Tensor, padding: Tensor, work: int) -> Tensor:
+        drafts, position = self.drafts, self.position[source]
+        query_start = self.query_start[: len(source) + 1]
+        drafted = drafts.draft(source, target, position, padding, query_start)
+        places = position[:, None] + drafts.ahead
+        context = self.cache.next_spans(source, places, padding, query_start)
+        hidden = self.model.trunk(drafts.feed(source, places), context)
+        drafts.seen(target, places, hidden)
+        rows = source[:, None].expand_as(places).flatten()
+        chosen = self._choose(rows, self.model.logits(hidden), (places + 1).flatten(), work).view(places.shape)
+        drafts.take(target, places + 1, chosen)
+        count = 1 + (chosen[:, :-1] == drafted).cumprod(1).sum(1)
+        self.position.index_copy_(0, target, position + count.int())
+        return torch.cat((count[:, None], chosen), 1)
 
     def _choose(
         self, rows: Tensor, logits: Tensor, positions: Tensor, work: int, targets: Tensor | None = None
@@ -126,6 +157,11 @@ class Chosen:
         if self.arrived:
             self.arrived.synchronize()
         return self.tokens.tolist()
+
+    def lists(self) -> list[list[int]]:
+        """The same, each row's tokens in order: of a round those that it keeps."""
+        rows = self.tolist()
+        return [row[1 : 1 + row[0]] for row in rows] if self.tokens.dim() == 2 else [[token] for token in rows]
 
 
 def bucket(rows: int) -> int:

@@ -2,64 +2,100 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
-from .batch import Request
+from ..ops import choose
 from .cache import PagedCache, upload
 
 
-def settle(model, cache: PagedCache, requests: list[Request | None]) -> list[Tensor | None]:
-    """Compute every draft item whose token is known; the last depth-0 hidden state of each request."""
-    last = [None] * len(requests)
-    for depth in range(len(model.mtp)):
-        ready = [min(len(r.tail[depth]), len(r.tokens) - 1 - depth - r.done[depth]) if r else 0 for r in requests]
-        ready = [max(n, 0) for n in ready]
-        starts = [r.done[depth] if r else 0 for r in requests]
-        x = [r.tail[depth][:n] if r else None for r, n in zip(requests, ready)]
-        embeddings = [r.embed(model, s + 1 + depth, s + 1 + depth + n) for r, s, n in zip(requests, starts, ready) if n]
-        out = _run_depth(model, cache, depth, starts, ready, embeddings, [t for t, n in zip(x, ready) if n])
-        for i, r in enumerate(requests):
-            if not ready[i]:
-                continue
-            r.done[depth] += ready[i]
-            r.tail[depth] = r.tail[depth][ready[i] :]
-            if depth + 1 < len(model.mtp):
-                r.tail[depth + 1] = torch.cat((r.tail[depth + 1], out[i]))
-            if depth == 0:
-                last[i] = out[i][-1:]
-    return last
+class Drafts:
+    """What the draft layers need of each of a cache's requests, on the device, and the drafts they make of it.
+
+    Where a request's next token is fed at position p, a round computes the items p - d - 1 to p - 1 of each of the d
+    depths, its own drafts standing for the tokens past p. An item that no later round computes again saw none of them,
+    or only such as were kept. Before position d + 1 the items are 0 to d; those from p on are computed again before
+    anything attends to them.
+    """
+
+    def __init__(self, model, cache: PagedCache, depths: int):
+        self.model, self.cache, self.layers = model, cache, model.mtp[:depths]
+        self.fed = depths + 1  # tokens of a request in a round, and items of a depth
+        self.ahead = torch.arange(self.fed, dtype=torch.int32, device=model.device)
+        # Embeddings of tokens and the trunk's hidden states lie at their position modulo `ring`: a round writes `fed`
+        # and reads as many before them. One request more, for padding rows.
+        self.ring = 2 * self.fed
+        shape = 2, (cache.requests + 1) * self.ring, model.config.hidden_size
+        self.embeddings, self.hidden = torch.zeros(shape, dtype=model.dtype, device=model.device)
+
+    def prefill(self, rows: list[int], ends: list[int], embeddings: list[Tensor], hidden: Tensor, context) -> None:
+        """The items of a step that fed tokens of prompts, those of rows[i] up to position ends[i].
+
+        hidden: the trunk's, [tokens, hidden]. embeddings: each row's [n + d, hidden], of its n tokens and the d behind
+        them; any behind the prompt, since the first round computes those items again.
+        """
+        counts = [len(x) - len(self.layers) for x in embeddings]
+        begin, sources, places = 0, [], []
+        for row, end, count in zip(rows, ends, counts):
+            last = min(count, self.fed)
+            sources += range(begin + count - last, begin + count)
+            places += [row * self.ring + position % self.ring for position in range(end - last, end)]
+            begin += count
+        sources, places = (upload(torch.tensor(values), hidden.device) for values in (sources, places))
+        self.hidden.index_copy_(0, places, hidden[sources])
+        fed = torch.cat([x[:n] for x, n in zip(embeddings, counts)])
+        self.embeddings.index_copy_(0, places, fed[sources])
+        for depth, layer in enumerate(self.layers):
+            fed = torch.cat([x[1 + depth : 1 + depth + n] for x, n in zip(embeddings, counts)])
+            hidden = layer(fed, hidden, context)
+
+    def take(self, requests: Tensor, positions: Tensor, tokens: Tensor) -> None:
+        """Tokens i64 [rows, n] of the requests (i64 [rows]) that stand at these positions (integer [rows, n])."""
+        self._write(self.embeddings, requests, positions, self.model.embed_tokens[tokens.flatten()])
+
+    def seen(self, requests: Tensor, positions: Tensor, hidden: Tensor) -> None:
+        """The trunk's hidden states [rows * n, hidden] of the requests (i64 [rows]) at these positions ([rows, n])."""
+        self._write(self.hidden, requests, positions, hidden)
+
+    def feed(self, requests: Tensor, positions: Tensor) -> Tensor:
+        """Embeddings [rows * n, hidden] of what stands at these positions (integer [rows, n])."""
+        return self.embeddings[self._places(requests, positions)]
+
+    def draft(self, source: Tensor, target: Tensor, position: Tensor, padding: Tensor, query_start: Tensor) -> Tensor:
+        """Drafts i64 [rows, d] of what follows each row's next token, at `position` (i32 [rows]).
+
+        A row reads the state of request `source` and leaves its drafts in that of `target` (i64 [rows]); padding and
+        query_start as PagedCache.next_spans takes them. Nothing here is decided on the host.
+        """
+        first = (position - self.fed).clamp_(min=0)
+        items = first[:, None] + self.ahead
+        context = self.cache.next_spans(source, items, padding, query_start)
+        last = (query_start[:-1] + (position - 1 - first)).long()
+        hidden, drafts = self.hidden[self._places(source, items)], []
+        for depth, layer in enumerate(self.layers):
+            hidden = layer(self.feed(source, items + (1 + depth)), hidden, context)
+            drafts.append(choose(layer.logits(hidden[last]), position, source))
+            self.take(target, (position + (1 + depth))[:, None], drafts[-1][:, None])
+        return torch.stack(drafts, 1)
+
+    def _places(self, requests: Tensor, positions: Tensor) -> Tensor:
+        return (requests[:, None] * self.ring + positions % self.ring).flatten()
+
+    def _write(self, state: Tensor, requests: Tensor, positions: Tensor, values: Tensor) -> None:
+        state.index_copy_(0, self._places(requests, positions), values)
 
 
-def draft(model, cache: PagedCache, requests: list[Request | None]) -> list[list[int]]:
-    """A draft a depth for each request that decodes. Items on drafted tokens are computed again once settled."""
-    active = [r if r and r.is_decoding else None for r in requests]
-    hidden = settle(model, cache, active)
-    drafts: list[list[int]] = [[] for _ in requests]
-    unsettled: list[Tensor | None] = [None] * len(requests)  # hidden states of the depth above, on drafted tokens
-    for depth in range(len(model.mtp)):
-        if depth:
-            x = [
-                None if r is None else r.tail[depth] if u is None else torch.cat((r.tail[depth], u))
-                for r, u in zip(active, unsettled)
-            ]
-            counts = [0 if t is None else len(t) for t in x]
-            starts = [r.done[depth] if r else 0 for r in active]
-            tokens = [t for d, n in zip(drafts, counts) if n for t in d[-n:]]
-            embeddings = [model.embed_tokens[upload(torch.tensor(tokens), model.device)]]
-            unsettled = _run_depth(model, cache, depth, starts, counts, embeddings, [t for t in x if t is not None])
-            hidden = [None if t is None else t[-1:] for t in unsettled]
-        heads = torch.cat([t for t in hidden if t is not None])
-        chosen = iter(model.mtp[depth].logits(heads).argmax(-1).tolist())
-        for i, r in enumerate(active):
-            if r:
-                drafts[i].append(next(chosen))
-    return drafts
+@dataclass
+class DraftStats:
+    """Drafts offered and kept, by depth."""
 
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
 
-def _run_depth(model, cache, depth, starts, counts, embeddings, hidden) -> list[Tensor | None]:
-    """One MTP layer over counts[r] items of each request from item starts[r]; their hidden states by request."""
-    if not sum(counts):
-        return [None] * len(counts)
-    out = model.mtp[depth](torch.cat(embeddings), torch.cat(hidden), cache.tokens(starts, counts)).split(counts)
-    return [t if n else None for t, n in zip(out, counts)]
+    def count(self, depths: int, kept: int) -> None:
+        """A request's round in which the first `kept` of `depths` drafts were kept."""
+        for depth in range(depths):
+            self.drafted[depth] += 1
+            self.accepted[depth] += depth < kept

@@ -1,35 +1,22 @@
 """Generation: requests that wait, prefill in chunks and decode together, and drafts that never change the outcome.
 
-Without drafts the host runs a step behind: it launches the next step before it reads the last one's tokens.
-With drafts, trunk and drafts share one cache. A step feeds each request its last token and its drafts at once;
-the token chosen at each place is kept as long as the draft there was the same token, so every kept token is the
-one that the trunk alone would have chosen.
+On a GPU the host runs a step behind: it launches the next step before it reads the last one's tokens. Trunk and
+draft layers share one cache.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 
 from .batch import Batch, Request
-from .cache import CHUNK, PAGE_SIZE, PagedCache, upload
+from .cache import CHUNK, PAGE_SIZE, PagedCache
 from .decoding import Decoder
-from .drafts import draft as _draft
-from .drafts import settle
-from .graph import DecodeGraphs, refusal, step
+from .drafts import DraftStats
+from .graph import refusal
 from .sampling import Sampling
-
-
-@dataclass
-class DraftStats:
-    """Drafts offered and kept, by depth."""
-
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
 
 
 def generate(
@@ -91,14 +78,18 @@ def generate(
         ]
         if max_new_tokens < 1:
             return iter(())
-        batch = _batch(model, requests, kv_cache, chunk, min(max_batch, len(prompts)), cache_tokens, graphs and not mtp)
-    if not mtp:
-        return _run(batch, runs_ahead=model.device.type == "cuda")
-    run = DecodeGraphs(model) if graphs else functools.partial(step, model)
-    return _run_with_drafts(model, batch, run, stats or DraftStats())
+        stats = DraftStats() if stats is None else stats
+        stats.drafted, stats.accepted = ([0] * options["depths"] for _ in "da")
+        rows = min(max_batch, len(prompts))
+        batch = _batch(model, requests, kv_cache, chunk, rows, cache_tokens, graphs, stats)
+    return _run(batch, runs_ahead=model.device.type == "cuda")
 
 
-def _batch(model, requests: list[Request], kv_cache: str, chunk: int, rows: int, tokens: int | None, graphs) -> Batch:
+def _batch(
+    model, requests: list[Request], kv_cache: str, chunk: int, rows: int, tokens: int | None, graphs: bool,
+    stats: DraftStats,
+) -> Batch:  # fmt: skip
+    depths = requests[0].depths
     lengths = sorted((-(-r.length // PAGE_SIZE) * PAGE_SIZE for r in requests), reverse=True)
     if tokens is not None and tokens < lengths[0]:
         raise ValueError(
@@ -111,11 +102,11 @@ def _batch(model, requests: list[Request], kv_cache: str, chunk: int, rows: int,
         lengths[0],
         dtype=torch.float8_e4m3fn if kv_cache == "fp8" else model.dtype,
         device=model.device,
-        mtp_depths=requests[0].depths,
+        mtp_depths=depths,
         chunk=chunk,
         tokens=sum(lengths[:rows]) if tokens is None else min(tokens, sum(lengths[:rows])),
     )
-    return Batch(model, cache, Decoder(model, cache, graphs), requests, chunk)
+    return Batch(model, cache, Decoder(model, cache, graphs, depths), requests, chunk, stats)
 
 
 @torch.inference_mode()
@@ -135,54 +126,3 @@ def _run(batch: Batch, runs_ahead: bool) -> Iterator[tuple[int, int]]:
                 yield from batch.read(*launched.popleft())
     finally:
         batch.close()
-
-
-@torch.inference_mode()
-def _run_with_drafts(model, batch: Batch, run, stats: DraftStats) -> Iterator[tuple[int, int]]:
-    stats.drafted, stats.accepted = ([0] * len(model.mtp) for _ in "da")
-    try:
-        while not batch.is_done:
-            batch.admit()
-            launched = batch.prefill(lambda hidden: _settle_prompts(model, batch, hidden))
-            yield from batch.read(*launched) if launched else ()
-            if any(r and r.is_decoding for r in batch.requests):
-                yield from _round(model, batch, run, stats)
-    finally:
-        batch.close()
-
-
-def _settle_prompts(model, batch: Batch, hidden: list) -> None:
-    for request, x in zip(batch.requests, hidden):
-        if x is not None:
-            request.tail[0] = torch.cat((request.tail[0], x))
-    settle(model, batch.cache, [r if x is not None else None for r, x in zip(batch.requests, hidden)])
-
-
-def _round(model, batch: Batch, run, stats: DraftStats) -> Iterator[tuple[int, int]]:
-    """Draft for all that decode, feed the drafts, and keep what the trunk agrees with and its next token."""
-    requests = list(batch.requests)
-    drafts = _draft(model, batch.cache, requests)
-    fed = [[r.tokens[-1], *d] if r and r.is_decoding else [] for r, d in zip(requests, drafts)]
-    seen = [len(r.tokens) if f else 1 for r, f in zip(requests, fed)]
-    context = batch.cache.tokens([n - 1 for n in seen], [len(f) for f in fed])
-    x, logits = run(upload(torch.tensor(sum(fed, [])), model.device), context)
-    rows, positions = zip(*((row, seen[row] + place) for row, f in enumerate(fed) for place in range(len(f))))
-    chosen = batch.decoder.choose(list(rows), logits, list(positions)).tolist()
-    begin = 0
-    for request, own, tokens in zip(requests, drafts, fed):
-        if not tokens:
-            continue
-        kept = matched = 0
-        for place, token in enumerate(chosen[begin : begin + len(tokens)]):
-            batch.keep(request, token)
-            yield request.number, token
-            kept += 1
-            agrees = place < len(own) and token == own[place]
-            matched += agrees
-            if request.finished or not agrees:
-                break
-        request.tail[0] = torch.cat((request.tail[0], x[begin : begin + kept]))
-        for depth in range(len(own)):
-            stats.drafted[depth] += 1
-            stats.accepted[depth] += depth < matched
-        begin += len(tokens)

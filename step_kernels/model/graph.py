@@ -14,35 +14,6 @@ from .cache import CachedTokens
 OPS = ("moe_router", "swiglu", "rms_norm", "add_rms_norm", "nvfp4_linear", "nvfp4_moe", "kv_append", "paged_attention")
 
 
-class DecodeGraphs:
-    """Trunk and head over a step's tokens, a graph for each number of tokens and requests, captured at first use.
-
-    Lengths, positions, slots and page tables are inputs that each replay takes anew; so are the requests that
-    the tokens belong to. The outputs are overwritten by the next replay.
-    """
-
-    def __init__(self, model):
-        self.model = model
-        self.graphs: dict[tuple[int, int], tuple] = {}
-
-    def __call__(self, tokens: Tensor, context: CachedTokens) -> tuple[Tensor, Tensor]:
-        """i64 [tokens] -> hidden states [tokens, hidden] and logits f32 [tokens, vocab]."""
-        key = len(tokens), len(context.lengths)
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(tokens, context)
-        graph, inputs, outputs = self.graphs[key]
-        for kept, new in zip(inputs, (tokens, *context.tensors()), strict=True):
-            kept.copy_(new)
-        graph.replay()
-        return outputs
-
-    def _capture(self, tokens: Tensor, context: CachedTokens) -> tuple:
-        tokens, context = tokens.clone(), context.clone()
-        # the run before the capture writes to the cache what the first replay writes again
-        graph, outputs = capture(self.model.device, lambda: step(self.model, tokens, context))
-        return graph, (tokens, *context.tensors()), outputs
-
-
 def capture(device: torch.device, run: Callable, pool=None) -> tuple[torch.cuda.CUDAGraph, object]:
     """Run once, which compiles and loads, then capture a second run; the graph and that run's outputs."""
     graph = torch.cuda.CUDAGraph()
@@ -54,7 +25,7 @@ def capture(device: torch.device, run: Callable, pool=None) -> tuple[torch.cuda.
 
 
 def step(model, tokens: Tensor, context: CachedTokens) -> tuple[Tensor, Tensor]:
-    """The same without a graph."""
+    """i64 [tokens] -> hidden states [tokens, hidden] and logits f32 [tokens, vocab], without a graph."""
     hidden = model.trunk(model.embed_tokens[tokens], context)
     return hidden, model.logits(hidden)
 
