@@ -5,6 +5,7 @@ One layer's weights are on the device at a time, the tokens' hidden states in ho
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,8 +73,12 @@ class Inputs:
 
     def hessians(self, begin: int, end: int) -> Tensor:
         """A token's of these experts; one with few tokens leans on the mean over all."""
-        mean = self.sums.sum(0) / self.tokens.sum().clamp(min=1)
-        return shrunk(self.sums[begin:end], self.tokens[begin:end], mean)
+        return shrunk(self.sums[begin:end], self.tokens[begin:end], self._mean)
+
+    @functools.cached_property
+    def _mean(self) -> Tensor:
+        """Over all experts; not before the last token has been added."""
+        return self.sums.sum(0) / self.tokens.sum().clamp(min=1)
 
 
 class Calibration:

@@ -41,45 +41,66 @@ def shrunk(hessian: Tensor, tokens: Tensor, mean: Tensor) -> Tensor:
     return (hessian + SHRINKAGE * mean) / (tokens + SHRINKAGE)
 
 
-def local_gptq(weight: Tensor, global_scale: Tensor, hessians: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """f32 [..., k, k] -> the upper Cholesky factor of the damped Hessian's inverse."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    damped = hessian.float().clone()
+    # an input that is always zero has no say; it must not make the matrix singular
+    damped.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, DAMPING * mean, 1.0))
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+
+
+def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> Tensor:
+    """[n, k] twice, f32 [k, k] or [k / 16, 16, 16] -> f64 [2]: squared error and size of a token's outputs."""
+    sums = []
+    for w in (decoded.float() - weight.float(), weight.float()):
+        if hessian.dim() == 2:
+            sums.append(((w @ hessian) * w).sum(dtype=torch.float64))
+        else:
+            blocks = w.unflatten(-1, (-1, BLOCK)).transpose(0, 1)
+            sums.append(((blocks @ hessian) * blocks).sum(dtype=torch.float64))
+    return torch.stack(sums)
+
+
+def local_gptq(weight: Tensor, global_scale: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """[..., n, k], f32 [...], f32 [..., k / 16, 16, 16] -> codes u8 [..., n, k / 2], scales e4m3 [..., n, k / 16].
 
-    gptq as if inputs of different blocks were uncorrelated: all blocks at once, and 256 times less to remember.
+    gptq as if inputs of different blocks were uncorrelated: all blocks at once, and k / 16 times less to remember.
     """
     outer = global_scale.float()[..., None, None]
     blocks = (weight.float() / outer).unflatten(-1, (-1, BLOCK)).transpose(-3, -2)
-    code, rounded, _ = _best_block(blocks, _inverse_factor(hessians))
+    code, rounded, _ = _best_block(blocks, factors)
     codes = e2m1_encode(rounded / _value(code)[..., None])
     return pack(codes.transpose(-3, -2).flatten(-2)), _e4m3(code.transpose(-2, -1))
 
 
-def gptq(weight: Tensor, global_scale: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+def gptq(weight: Tensor, global_scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """[..., n, k], f32 [...], f32 [..., k, k] -> codes u8 [..., n, k / 2], scales e4m3 [..., n, k / 16].
 
-    Columns are rounded one after the other, and what a column errs by is taken from those behind it (arXiv 2210.17323).
+    `factor` is inverse_factor's, of the inputs. Columns are rounded one after the other, and what a column errs by is taken from those behind it (arXiv 2210.17323).
     A block's scale is the one among OFFSETS whose 16 columns then leave the least of the loss.
     """
     outer = global_scale.float()[..., None, None]
     w = weight.float() / outer
-    upper = _inverse_factor(hessian)
     codes, scales = torch.empty_like(w, dtype=torch.uint8), []
     for begin in range(0, w.shape[-1], _COLUMNS):
         end = min(begin + _COLUMNS, w.shape[-1])
         errors = torch.empty_like(w[..., begin:end])
         for at in range(begin, end, BLOCK):
             block = slice(at, at + BLOCK)
-            code, rounded, error = _best_block(w[..., block], upper[..., block, block])
+            code, rounded, error = _best_block(w[..., block], factor[..., block, block])
             scale = _value(code)
             scales.append(code)
             codes[..., block] = e2m1_encode(rounded / scale[..., None])
             errors[..., at - begin : at - begin + BLOCK] = error
-            w[..., at + BLOCK : end] -= error @ upper[..., block, at + BLOCK : end]
-        w[..., end:] -= errors @ upper[..., begin:end, end:]
+            w[..., at + BLOCK : end] -= error @ factor[..., block, at + BLOCK : end]
+        w[..., end:] -= errors @ factor[..., begin:end, end:]
     return pack(codes), _e4m3(torch.stack(scales, -1))
 
 
 def _best_block(w: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[..., n, 16] and its part of the factor -> scale codes [..., n], values and errors [..., n, 16]."""
+    """[..., n, 16] in units of the global scale, its part of the factor -> scale codes, and values and errors alike."""
     first = _first_code(w[..., None, :])[..., 0]
     offsets = torch.tensor(sorted(OFFSETS, key=abs), device=w.device).view(-1, *[1] * first.dim())
     code = (first + offsets).clamp(1, 0x7E)
@@ -94,16 +115,6 @@ def _best_block(w: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     best = loss.argmin(0, keepdim=True)
     wide = best[..., None].expand(1, *w.shape)
     return code.gather(0, best)[0], left.gather(0, wide)[0], errors.gather(0, wide)[0]
-
-
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse."""
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1, keepdim=True)
-    damped = hessian.float().clone()
-    # an input that is always zero has no say; it must not make the matrix singular
-    damped.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, DAMPING * mean, 1.0))
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
 
 def _first_code(blocks: Tensor) -> Tensor:

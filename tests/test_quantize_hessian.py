@@ -3,10 +3,19 @@
 import pytest
 import torch
 
-from quantize.hessian import BLOCK, DAMPING, block_hessians, gptq, local_gptq, shrunk
+from quantize import hessian
+from quantize.hessian import BLOCK, DAMPING, block_hessians, inverse_factor, output_error, shrunk
 from step_kernels import nvfp4
 
 TOKENS, N, K = 2048, 96, 256
+
+
+def gptq(weight, scale, whole):
+    return hessian.gptq(weight, scale, inverse_factor(whole))
+
+
+def local_gptq(weight, scale, blocks):
+    return hessian.local_gptq(weight, scale, inverse_factor(blocks))
 
 
 def activations(tokens, seed, k=K):
@@ -54,11 +63,10 @@ def test_correlation_of_distant_inputs_is_what_only_whole_hessians_use():
     assert output_sqnr(held_out, weight, whole) > output_sqnr(held_out, weight, local) + 3
 
 
-def published(weight, scales, global_scale, hessian):
+def published(weight, scales, global_scale, whole):
     """The algorithm as the paper has it, one column after the other in f64, with these scales."""
-    hessian = hessian.double()
-    hessian = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian))
-    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    damped = whole.double() + DAMPING * whole.double().diagonal().mean() * torch.eye(len(whole))
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     left, step = weight.double().clone(), scales.double() * global_scale.double()
     out = torch.empty_like(left)
     for j in range(weight.shape[1]):
@@ -91,7 +99,7 @@ def test_a_block_has_the_scale_that_leaves_the_least_of_d_h_d_among_all_codes():
     for code in range(1, 0x7F):
         scales = torch.full((16, 1), code, dtype=torch.uint8).view(torch.float8_e4m3fn)
         parts = zip(weight.split(BLOCK, 1), hessians)
-        every.append(loss(torch.cat([published(part, scales, scale, hessian) for part, hessian in parts], 1)))
+        every.append(loss(torch.cat([published(part, scales, scale, block) for part, block in parts], 1)))
     assert got.sum() < 1.01 * torch.stack(every).amin(0).sum()
 
 
@@ -129,13 +137,13 @@ def test_inputs_that_are_always_zero_leave_scales_and_codes_finite():
     (weight, scale), x = weights("gauss"), activations(TOKENS, 1)
     x[:, :40] = 0
     blocks = torch.zeros(K // BLOCK, BLOCK, BLOCK)
-    for way, hessian in (
+    for way, sums in (
         (gptq, x.T @ x),
         (gptq, torch.zeros(K, K)),
         (local_gptq, block_hessians(x)),
         (local_gptq, blocks),
     ):
-        decoded = nvfp4.dequantize(*way(weight, scale, hessian), scale)
+        decoded = nvfp4.dequantize(*way(weight, scale, sums), scale)
         assert output_sqnr(activations(TOKENS, 2), weight, decoded) > 15
 
 
@@ -150,3 +158,12 @@ def test_an_expert_of_few_tokens_leans_on_the_mean_and_one_of_none_takes_it():
         output_sqnr(held_out, weight, nvfp4.dequantize(*gptq(weight, scale, h), scale)) for h in (few, hessians[0])
     )
     assert leaning > alone + 1
+
+
+def test_output_errors_are_those_of_the_products():
+    (weight, scale), x = weights("gauss"), activations(TOKENS, 1)
+    decoded = by_search(weight, scale, "max")
+    wanted = torch.stack([(x @ (decoded - weight).T).square().sum(), (x @ weight.T).square().sum()]).double()
+    assert torch.allclose(output_error(weight, decoded, x.T @ x), wanted, rtol=1e-3)
+    apart = sum((x[:, b : b + BLOCK] @ weight[:, b : b + BLOCK].T).square().sum() for b in range(0, K, BLOCK))
+    assert torch.allclose(output_error(weight, decoded, block_hessians(x))[1], apart.double(), rtol=1e-3)
