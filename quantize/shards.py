@@ -9,10 +9,11 @@ import contextlib
 import json
 import os
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from step_kernels.model.checkpoint import DTYPES, CheckpointError, Entry
+from step_kernels.model.checkpoint import DTYPES, CheckpointError
 
 PART = ".part"
 _SIDE_FILES = {".json", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".png", ".jpg", ".jpeg", ".webp", ""}
@@ -40,21 +41,6 @@ def write_file(path: Path, data: bytes) -> None:
         _sync_folder(path.parent)
 
 
-def read_chunks(entry: Entry, size: int = CHUNK) -> Iterator[bytes]:
-    """A tensor's bytes as they lie in its file, at most `size` at a time."""
-    at = entry.begin
-    with _os_errors(entry.file), entry.file.open("rb", buffering=0) as f:
-        f.seek(at)
-        while at < entry.end:
-            data = f.read(min(size, entry.end - at))
-            if not data:
-                raise CheckpointError(
-                    f"{entry.file}: {entry.stored_name}: the file ends at byte {at}, wanted {entry.end}"
-                )
-            at += len(data)
-            yield data
-
-
 def copy_side_files(source: Path, target: Path, skip: set[str]) -> list[str]:
     """Copies tokenizer, templates, pictures and the like; gives the names of the files left out, code among them."""
     left_out = []
@@ -72,10 +58,12 @@ def copy_side_files(source: Path, target: Path, skip: set[str]) -> list[str]:
 
 
 class Shard:
-    """One output file. `tensors`: name -> (dtype as in safetensors, shape); `left`: bytes of data not yet written."""
+    """One output file, written by many threads. `tensors`: name -> (dtype as in safetensors, shape); `left`: bytes of
+    data not yet written."""
 
     def __init__(self, path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]):
         self.path, self.part, self._fd = path, path.with_name(path.name + PART), None
+        self._lock = threading.Lock()  # of `left` and of opening; the writes themselves go on side by side
         # Widest type first, as the safetensors library does: then every tensor is aligned to its type.
         order = sorted(tensors, key=lambda name: (-DTYPES[tensors[name][0]].itemsize, name))
         header, at = {"__metadata__": metadata}, 0
@@ -110,20 +98,21 @@ class Shard:
         """Puts bytes at `at` of a tensor; each byte of the shard is to be written once."""
         view = memoryview(data).cast("B")
         with _os_errors(self.path):
-            if self._fd is None:
+            with self._lock:
                 self._open()
-            self.left -= len(view)
-            offset = len(self.head) + self._offsets[name] + at
+                self.left -= len(view)
+            start = offset = len(self.head) + self._offsets[name] + at
             while len(view):
                 n = os.pwrite(self._fd, view[: 1 << 30], offset)
                 view, offset = view[n:], offset + n
+            if hasattr(os, "posix_fadvise"):  # has Linux write it out from now on, not only when it is synced
+                os.posix_fadvise(self._fd, start, offset - start, os.POSIX_FADV_DONTNEED)
 
     def finish(self) -> None:
         """To the disk, then to the final name."""
         assert self.left == 0, f"{self.path.name}: {self.left} bytes were never written"
         with _os_errors(self.path):
-            if self._fd is None:
-                self._open()
+            self._open()
             os.fsync(self._fd)
             self.close()
             os.replace(self.part, self.path)
@@ -136,6 +125,8 @@ class Shard:
             self._fd = None
 
     def _open(self) -> None:
+        if self._fd is not None:
+            return
         self._fd = os.open(self.part, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
         os.truncate(self._fd, self.size)
         os.pwrite(self._fd, self.head, 0)

@@ -108,25 +108,28 @@ def search_scales(x: Tensor, global_scale: Tensor, search: str = "max") -> Tenso
     `mse`: the e4m3 code with the least squared error among nine around `max`'s. A zero block's scale is 1.
     """
     blocks, outer = _blocks(x, global_scale)
-    amax = blocks.abs().amax(-1)
-    scale = _e4m3(torch.where(amax == 0, 1.0, amax / (E2M1_MAX * outer)))
-    if search == "max":
-        return scale
-    if search == "four-six":
-        candidates = [scale, _e4m3(1.5 * amax / (E2M1_MAX * outer))]
-    elif search == "mse":
-        code = scale.view(torch.uint8).int()
-        candidates = [(code + d).clamp(1, 0x7E).to(torch.uint8).view(torch.float8_e4m3fn) for d in _MSE_OFFSETS]
-    else:
-        raise ValueError(f"search: got {search!r}, wanted one of {', '.join(SEARCHES)}")
-    best, error = scale, _block_error(blocks, scale, outer)
-    for candidate in candidates[1:]:
+    best, *others = candidate_scales(blocks.abs().amax(-1), outer, search)
+    error = _block_error(blocks, best, outer) if others else None
+    for candidate in others:
         e = _block_error(blocks, candidate, outer)
         better = e < error  # never in a zero block, whose errors are all 0
         # float8 has no torch.where on every device: choose among the codes
         best = torch.where(better, candidate.view(torch.uint8), best.view(torch.uint8)).view(torch.float8_e4m3fn)
         error = torch.where(better, e, error)
     return best
+
+
+def candidate_scales(amax: Tensor, outer: Tensor, search: str) -> list[Tensor]:
+    """Amax of blocks f32 [...] -> the e4m3 scales [...] that a search chooses from, the first where errors tie."""
+    scale = _e4m3(torch.where(amax == 0, 1.0, amax / (E2M1_MAX * outer)))
+    if search == "max":
+        return [scale]
+    if search == "four-six":
+        return [scale, _e4m3(1.5 * amax / (E2M1_MAX * outer))]
+    if search == "mse":
+        code = scale.view(torch.uint8).int()
+        return [(code + d).clamp(1, 0x7E).to(torch.uint8).view(torch.float8_e4m3fn) for d in _MSE_OFFSETS]
+    raise ValueError(f"search: got {search!r}, wanted one of {', '.join(SEARCHES)}")
 
 
 def quantize(x: Tensor, global_scale: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -163,11 +166,15 @@ def _e4m3(scale: Tensor) -> Tensor:
     return scale.clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def squared_error(x: Tensor, scale: Tensor, outer: Tensor) -> Tensor:
+    """Squared error f32 of values at a block scale f32, in units of outer^2: extreme weights' squares leave f32."""
+    values = e2m1_round(x / (scale * outer)).mul_(scale)
+    return values.sub_(x / outer).square_()
+
+
 def _block_error(blocks: Tensor, scale: Tensor, outer: Tensor) -> Tensor:
-    """Squared error of each block in units of outer^2: squares of extreme weights would leave the range of f32."""
-    scale = scale.float()
-    values = e2m1_round(blocks / (scale * outer)[..., None]).mul_(scale[..., None])
-    error = values.sub_(blocks / outer[..., None]).square_()
-    for half in (8, 4, 2, 1):  # an order of its own, not the device's: near ties choose the same scale everywhere
-        error = error[..., :half] + error[..., half:]
-    return error[..., 0]
+    error = squared_error(blocks, scale.float()[..., None], outer[..., None])
+    total = error[..., 0]
+    for i in range(1, BLOCK):  # one after the other, not in the device's order: near ties choose alike everywhere
+        total = total + error[..., i]
+    return total

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_checkpoint import TEXT, contents, read, refused, tensors_of, write_source
 
 import quantize.shards
 from quantize import Settings, UsageError, run
+from quantize.jobs import copy
 from quantize.nvfp4 import main
+from quantize.plan import make_plan
+from quantize.shards import Shard
 from step_kernels import nvfp4
 from step_kernels.model.checkpoint import INDEX, Checkpoint, CheckpointError
 
@@ -111,7 +115,7 @@ def test_targets_that_cannot_be_meant_exit_with_2(source, converted, tmp_path, c
     assert "no stopped conversion" in refused(capsys, 2, source, tmp_path / "mine", "--resume")
     (tmp_path / "download").mkdir()
     (tmp_path / "download/film.part").write_text("keep")
-    assert main([str(source), str(tmp_path / "download"), "--resume"]) == 0
+    assert main([str(source), str(tmp_path / "download"), "--resume", "--no-verify"]) == 0
     assert (tmp_path / "download/film.part").read_text() == "keep"
     assert contents(converted) == before and contents(tmp_path / "mine") == {"notes.txt": b"keep"}
     if not torch.cuda.is_available():
@@ -124,11 +128,54 @@ def test_target_that_cannot_be_written_is_one_line(source, tmp_path, capsys):
     assert "wanted a folder" in refused(capsys, 1, source, tmp_path / "file")
 
 
-def test_refused_result_has_no_index(source, tmp_path, monkeypatch, capsys):
-    def zero(x, *_):
-        return torch.zeros(x.shape[0], x.shape[1] // 16, dtype=torch.float8_e4m3fn)
+def test_read_only_target_is_one_line(source, tmp_path, monkeypatch, capsys):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(nvfp4, "search_scales", zero)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", read_only)
+        assert refused(capsys, 1, source, out) == f"error: {out}: Read-only file system\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize.shards.os, "truncate", read_only)
+        assert ".safetensors: Read-only file system; to go on:" in refused(capsys, 1, source, out)
+    assert main([str(source), str(out), "--resume"]) == 0
+
+
+def test_tensor_in_two_shards_is_named_with_both(source, tmp_path, capsys):
+    bad = write_source(tmp_path / "bad", TEXT, tensors_of(TEXT))
+    shards = [f"model-0000{i}-of-00004.safetensors" for i in (2, 3)]
+    gate, up = (load_file(bad / shard) for shard in shards)
+    save_file(up | {GATE: gate[GATE]}, bad / shards[1], metadata={"format": "pt"})
+    line = refused(capsys, 1, bad, tmp_path / "out")
+    assert f"{shards[1]}: {GATE} is also in {shards[0]}" in line
+
+
+def test_zero_experts_are_legal_with_scales_of_one_and_named(source, tmp_path, capsys):
+    names = [f"model.layers.{n}_proj.weight" for n in ("1.moe.gate", "1.moe.up", "2.moe.down")]
+
+    def edit(tensors):
+        for name in names:
+            tensors[name][3] = 0
+        tensors[names[1]][0] = 0  # and gate is not: their scale is gate's
+
+    out = tmp_path / "out"
+    assert main([str(edited(source, tmp_path / "zeros", edit)), str(out)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "all zero" in line]
+    wanted = [(names[0], 3), (names[1], 0), (names[1], 3), (names[2], 3)]
+    assert lines == [f"{name}: expert {i} is all zero in the source: codes 0, scales 1" for name, i in wanted]
+    tensors = read(out)
+    for name in names:
+        codes, scales, outer = (tensors[name + suffix][3] for suffix in ("", "_scale", "_scale_2"))
+        assert codes.amax() == 0 and outer == 1 and torch.equal(scales.float(), torch.ones(scales.shape))
+    assert tensors[f"{names[1]}_scale_2"][0] == tensors[f"{names[0]}_scale_2"][0] < 1
+
+
+def test_refused_result_has_no_index(source, tmp_path, monkeypatch, capsys):
+    def zero(amax, *_):
+        return [torch.zeros(amax.shape, dtype=torch.float8_e4m3fn)]
+
+    monkeypatch.setattr(nvfp4, "candidate_scales", zero)
     assert main([str(source), str(tmp_path / "out")]) == 1
     assert "block scales are zero, negative or NaN" in capsys.readouterr().err
     assert not (tmp_path / "out" / INDEX).exists()
@@ -145,8 +192,8 @@ def test_unknown_search_is_refused_by_command_and_function(capsys):
 
 def test_source_that_shrinks_while_being_read_is_an_error(source, tmp_path):
     folder = write_source(tmp_path / "source", TEXT, tensors_of(TEXT))
-    checkpoint = Checkpoint(folder)
-    entry = checkpoint.entry("lm_head.weight")
+    plan = make_plan(Checkpoint(folder), Settings())
+    (entry, file, name) = next(copy for copy in plan.copies if copy[2] == "lm_head.weight")
     os.truncate(entry.file, entry.begin + 10)
-    with pytest.raises(CheckpointError, match="lm_head.weight: the file ends at byte"):
-        list(quantize.shards.read_chunks(entry))
+    with pytest.raises(CheckpointError, match="lm_head.weight: the file ends early"):
+        copy(entry, 0, Shard(tmp_path / file, plan.shards[file], {}), name)
