@@ -1,0 +1,175 @@
+"""What lies in a folder with an NVFP4 checkpoint, in any of the layouts met, whatever its state."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from step_kernels.model.checkpoint import (
+    DTYPES,
+    INDEX,
+    Checkpoint,
+    CheckpointError,
+    Entry,
+    canonical,
+    pieces,
+    read_header,
+    read_json,
+    read_piece,
+)
+from step_kernels.model.config import StepConfig
+
+from .layout import ATTENTION_GROUPS, FP8_BLOCK, GROUPS, expert_shapes, tensor_shapes, weight_name
+from .modelopt import HF_QUANT_CONFIG, layer_number
+
+DTYPE = {dtype: name for name, dtype in DTYPES.items()}
+# Codes, block scales, global scale and input scale of a module; compressed-tensors' last two are the inverses.
+_MODELOPT = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+_COMPRESSED = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+
+
+class Contents(Checkpoint):
+    """A checkpoint opened for looking at: `faults` has a line for what Checkpoint would raise for, by file."""
+
+    def __init__(self, folder: str | Path):
+        self.folder, self.faults = Path(folder), []
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: not a folder")
+        self.config = read_json(self.folder / "config.json")
+        self.entries, self.metadata, self.files = {}, {}, sorted(self.folder.glob("*.safetensors"))
+        if not self.files:
+            raise CheckpointError(f"{self.folder}: no *.safetensors file in it")
+        for file in self.files:
+            try:
+                entries, self.metadata[file.name] = read_header(file)
+            except CheckpointError as e:
+                self.faults.append((file.name, str(e).removeprefix(f"{file}: ")))
+                continue
+            for name, entry in entries.items():
+                known = self.entries.setdefault(canonical(name), entry)
+                if known is not entry:
+                    self.faults.append((file.name, f"{name} is also in {known.file.name} as {known.stored_name}"))
+        self.index, self.index_fault = _json(self.folder / INDEX)
+        self.hf_quant_config, self.hf_quant_fault = _json(self.folder / HF_QUANT_CONFIG)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(e.end - e.begin for e in self.entries.values())
+
+
+def _json(path: Path) -> tuple[dict, str]:
+    """A file's object, or an empty one and what is wrong with it."""
+    try:
+        return read_json(path), ""
+    except CheckpointError as e:
+        return {}, str(e).removeprefix(f"{path}: ")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One weight in NVFP4 as the files have it: a linear, a stack of experts, or one expert of several.
+
+    `weight`: its canonical name in the BF16 release; `shape` [n, k] or [experts, n, k]; `names`: of its codes, block
+    scales, global and input scale; `inverse`: the last two are stored as 1 / scale.
+    """
+
+    weight: str
+    shape: tuple[int, ...]
+    expert: int | None
+    names: tuple[str, str, str, str]
+    inverse: bool
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, list[tuple[int, ...]]]]:
+        """Name -> type and the shapes it may have."""
+        *stack, n, k = self.shape
+        scalars = [tuple(stack)] if stack else [(), (1,)]
+        shapes = [("U8", [(*stack, n, k // 2)]), ("F8_E4M3", [(*stack, n, k // 16)]), ("F32", scalars)]
+        return dict(zip(self.names, [*shapes, shapes[-1]]))
+
+    def matrices(self) -> list[tuple[int, str]]:
+        """Of each matrix its place along the stack (0 without one) and how a message names it."""
+        if len(self.shape) == 3:
+            return [(e, f"expert {e}") for e in range(self.shape[0])]
+        return [(0, "" if self.expert is None else f"expert {self.expert}")]
+
+
+class Model:
+    """The weights of a checkpoint sorted by its config: `quantized` (weight -> what stores it) and `left` (-> shape).
+
+    `groups`: the weights with one global scale, since engines hold them in one matrix; `missing_mtp`: MTP layers by
+    number of which no tensor is there.
+    """
+
+    def __init__(self, contents: Contents):
+        self.contents = contents
+        self.config = StepConfig.from_dict(contents.config, str(contents.folder / "config.json"))
+        names = contents.entries
+        self.compressed = any(name.endswith(".weight_packed") for name in names)
+        self.per_expert = any(".moe.experts." in name for name in names)
+        experts = expert_shapes(self.config)
+        shapes = tensor_shapes(self.config) | experts
+        self.quantized: dict[str, list[Stored]] = {}
+        self.groups: list[tuple[str, ...]] = []
+        for module, groups in self._modules().items():
+            # Engines hold a layer's routed experts in one module, other projections group by group.
+            together = [tuple(w for group in groups for w in group)] if module.endswith(".moe") else groups
+            for weights in together:
+                if any(self._is_quantized(w, experts) for w in weights):
+                    self.quantized |= {w: self._stored(w, shapes[w]) for w in weights}
+            self.groups += [group for group in groups if group[0] in self.quantized]
+        self.left = {name: shape for name, shape in shapes.items() if name not in self.quantized}
+        layers = {layer_number(name) for name in names}
+        self.missing_mtp = [i for i in range(self.config.num_layers, len(self.config.layers)) if i not in layers]
+
+    def _modules(self) -> dict[str, list[tuple[str, ...]]]:
+        """What could be in NVFP4: module -> its groups of weights."""
+        modules = {"lm_head": [("lm_head.weight",)]}
+        for i, layer in enumerate(self.config.layers):
+            parts = {"self_attn": ATTENTION_GROUPS, "share_expert" if layer.moe else "mlp": GROUPS}
+            parts |= {"moe": GROUPS} if layer.moe else {}
+            for part, groups in parts.items():
+                at = f"model.layers.{i}.{part}"
+                modules[at] = [tuple(weight_name(i, p, part) for p in group) for group in groups]
+        return modules
+
+    def _is_quantized(self, weight: str, experts: dict) -> bool:
+        entry = self.contents.entries.get(weight)
+        if entry is None:  # routed experts that are not there are missed in NVFP4
+            return weight in experts or f"{weight}_packed" in self.contents
+        return not entry.dtype.is_floating_point
+
+    def _stored(self, weight: str, shape: tuple[int, ...]) -> list[Stored]:
+        def one(stem: str, shape: tuple[int, ...], expert: int | None = None) -> Stored:
+            names = (f"{stem}.{kind}" for kind in (_COMPRESSED if self.compressed else _MODELOPT))
+            return Stored(weight, shape, expert, tuple(names), self.compressed)
+
+        stem = weight.removesuffix(".weight")
+        if len(shape) == 2 or not self.per_expert:
+            return [one(stem, shape)]
+        parent, _, projection = stem.rpartition(".")
+        return [one(f"{parent}.experts.{e}.{projection}", shape[1:], e) for e in range(shape[0])]
+
+
+def read_rows(checkpoint: Checkpoint, name: str, matrix: int, begin: int, end: int) -> Tensor:
+    """Rows of a matrix [n, k] or of one of a stack [matrices, n, k] -> [rows, k], from an FP8 source in f32."""
+    entry = checkpoint.entry(name)
+    x = _rows(entry, matrix, begin, end)
+    if x.dtype != torch.float8_e4m3fn or name.endswith("_scale"):
+        return x
+    first, last = begin // FP8_BLOCK, -(-end // FP8_BLOCK)
+    inverse = _rows(checkpoint.entry(f"{name}_scale_inv"), matrix, first, last)
+    rows = torch.arange(begin, end) // FP8_BLOCK - first
+    return x.float() * inverse[rows].repeat_interleave(FP8_BLOCK, 1)[:, : x.shape[1]]
+
+
+def _rows(entry: Entry, matrix: int, begin: int, end: int) -> Tensor:
+    *_, n, k = entry.shape
+    flat = dataclasses.replace(entry, shape=(entry.shape[0] * n if len(entry.shape) == 3 else n, k))
+    (piece,) = pieces(flat, entry.end - entry.begin, (matrix * n + begin, matrix * n + end))
+    return read_piece(piece).view(entry.dtype).view(end - begin, k)
