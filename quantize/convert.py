@@ -1,39 +1,54 @@
-"""The conversion: an expert slice (gate and up: a pair) or as much of a linear in memory at a time, in any model."""
+"""The conversion: a lane a thread, in each an expert (gate and up: a pair) or as much of a linear at a time."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from step_kernels import __version__, nvfp4
-from step_kernels.model.checkpoint import INDEX, Checkpoint, CheckpointError, read_json
+from step_kernels.model.checkpoint import INDEX, Checkpoint, CheckpointError, canonical, read_json
+from step_kernels.nvfp4 import E4M3_MAX
 
+from . import jobs, lanes
+from .calibration import Calibration, Inputs
 from .errors import Errors
+from .figures import Weight
+from .jobs import Output
+from .lanes import Lanes
 from .layout import projection_name
-from .matrices import label, pieces, quantize_piece, read_piece
+from .matrices import label, pieces
 from .modelopt import layer_number, metadata_files
 from .plan import Group, Plan, Settings, UsageError, make_plan, resolve_source
-from .shards import PART, Shard, copy_side_files, read_chunks, write_file
+from .shards import CHUNK, PART, Shard, copy_side_files, write_file
 
 STATE = "nvfp4-conversion.json"  # in the target until it is verified
 
 
 @dataclass
 class Summary:
-    """What a run did. `bytes_in` and `bytes_out` are of this run: a resumed one does not count what it found done."""
+    """What a run did. `bytes_in` and `bytes_out` are of this run: a resumed one does not count what it found done.
+
+    `seconds` are without the verification's. `host_peak` and `gpu_peak` (of the GPU with the most) are bytes.
+    `left_out`: files not copied; `zeros`: weights, or experts of them, that are zero throughout.
+    """
 
     errors: Errors = field(default_factory=Errors)
     bytes_in: int = 0
     bytes_out: int = 0
     seconds: float = 0.0
+    verify_seconds: float = 0.0
+    host_peak: int = 0
+    gpu_peak: int = 0
     left_out: list[str] = field(default_factory=list)
+    zeros: list[str] = field(default_factory=list)
+    weights: dict[tuple[int | None, str], Weight] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -46,33 +61,42 @@ def run(
     resume: bool = False,
     device: str = "cpu",
     progress: bool = False,
+    report: str | Path | None = None,
 ) -> Summary:
     """Converts folder `source` to NVFP4 in `target`, the index last. With `verify`, `problems` lists what is wrong.
 
     Raises UsageError for arguments that cannot be meant, CheckpointError for what cannot be read, used or written.
     """
     start, settings = time.monotonic(), settings or Settings()
+    if report is not None:
+        from . import report as page  # here, for it needs this module
+
+        page.ready(report, target)
     source, target = resolve_source(source), Path(target)
-    if device != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"device: got {device}, but torch finds no GPU here")
-    kept = _kept_files(source, target, resume)
-    conversion = _Conversion(make_plan(Checkpoint(source), settings), target, device, progress)
+    devices = lanes.devices(device)
+    kept = kept_files(source, target, resume)
+    conversion = _Conversion(make_plan(Checkpoint(source), settings), target, devices, progress)
     if not kept or conversion.recall():
         conversion.write()
     elif not conversion.is_finished():
         raise UsageError(f"{target}: holds files, but no stopped conversion ({STATE}) to resume")
     summary = conversion.summary
+    summary.seconds = time.monotonic() - start
+    summary.host_peak, summary.gpu_peak = lanes.host_peak(), lanes.gpu_peak(devices)
     if verify:
         from .verify import verify as check  # here, or `python -m quantize.verify` would find itself loaded already
 
         summary.problems = check(target, source, errors=False, progress=progress).problems
     # A refused result loses its index, so that no loader takes it for a finished one.
     (target / (INDEX if summary.problems else STATE)).unlink(missing_ok=True)
-    summary.seconds = time.monotonic() - start
+    summary.verify_seconds = time.monotonic() - start - summary.seconds
+    if report is not None:
+        before = summary.bytes_out < sum(shard.size for shard in conversion.shards.values())
+        page.write(report, page.describe(conversion.plan, target, device, summary, verify, summary.weights, before))
     return summary
 
 
-def _kept_files(source: Path, target: Path, resume: bool) -> bool:
+def kept_files(source: Path, target: Path, resume: bool) -> bool:
     """Whether an earlier run left whole files in the target, after refusing a target that cannot be meant."""
     try:
         files = list(target.iterdir()) if target.exists() else []
@@ -87,14 +111,18 @@ def _kept_files(source: Path, target: Path, resume: bool) -> bool:
 
 
 class _Conversion:
-    def __init__(self, plan: Plan, target: Path, device: str, progress: bool):
-        self.plan, self.target, self.device, self.progress = plan, target, torch.device(device), progress
+    def __init__(self, plan: Plan, target: Path, devices: list[torch.device], progress: bool):
+        self.plan, self.target, self.devices, self.progress = plan, target, devices, progress
         self.checkpoint, self.summary = plan.checkpoint, Summary()
-        metadata = {"format": "pt", "producer": f"step-kernels {__version__}", "conversion": plan.digest}
+        metadata = plan.metadata
         self.shards = {f: Shard(target / f, tensors, metadata) for f, tensors in sorted(plan.shards.items())}
         self.done: set[str] = set()
-        self.errors: dict[str, list] = {}  # shard -> rows of layer, projection, error, power
-        self.bar = None
+        self.errors: dict[str, list] = {}  # shard -> rows of layer, projection, what was noted, zero matrices
+        self.outputs: dict[str, list[tuple[str, Output]]] = {}  # shard -> weights under way, by their source's name
+        self.under_way: dict[str, list[Future]] = {}  # what each shard without its name waits for
+        self.groups: dict[Group, None] = {}  # whose work has not been put yet
+        self.values: dict[tuple[int | None, str], float] = {}  # calibrated scales, by layer and projection
+        self.bar, self.lock = None, threading.Lock()
 
     def recall(self) -> bool:
         """Takes up what an earlier run left, if it left a state; a different conversion's is an error."""
@@ -120,13 +148,25 @@ class _Conversion:
         self._prepare()
         groups = [g for g in self.plan.groups if any(file not in self.done for file, _ in g.outputs)]
         copies = [c for c in self.plan.copies if c[1] not in self.done]
-        total = sum(self._size(w) for g in groups for w in g.weights) + sum(e.end - e.begin for e, _, _ in copies)
+        total = sum(jobs.source_bytes(self.checkpoint, w) for g in groups for w in g.weights)
+        total += sum(entry.end - entry.begin for entry, _, _ in copies)
+        number = lanes.count(self.devices, max((jobs.host_bytes(self.checkpoint, g) for g in groups), default=0))
+        if self.plan.tokens is not None:
+            number = min(number, 2 * len(self.devices))  # each has many matrices at a time
         quiet = None if self.progress else True  # None: unless stderr is a terminal
         try:
             with tqdm(total=total, unit="B", unit_scale=True, desc="quantizing", disable=quiet) as self.bar:
-                for file in self.shards:
-                    if file not in self.done:
-                        self._shard(file, copies, groups)
+                with Lanes(self.devices, number) as pool:
+                    self.groups = dict.fromkeys(groups)
+                    self.under_way = {file: [] for file in self.shards if file not in self.done}
+                    if self.plan.tokens is not None:
+                        self._calibrate(pool, copies)
+                    for file in self.under_way:
+                        self._submit_copies(pool, file, copies)
+                        for group in [g for g in self.groups if any(f == file for f, _ in g.outputs)]:
+                            self._submit(pool, group)
+                    for file in list(self.under_way):
+                        self._finish(file)
         finally:
             for shard in self.shards.values():
                 shard.close()
@@ -137,11 +177,7 @@ class _Conversion:
             self.summary.left_out.append("config.json's auto_map")
         for name, data in metadata.items():
             write_file(self.target / name, data)
-        rows = {(layer, projection): sums for file in self.errors.values() for layer, projection, *sums in file}
-        for weight in (w for group in self.plan.groups for w in group.weights):  # the model's order, not the shards'
-            key = layer_number(weight), projection_name(weight)
-            if key in rows:
-                self.summary.errors.add(*key, *rows[key])
+        self._sum_up()
 
     def _prepare(self) -> None:
         try:
@@ -154,65 +190,112 @@ class _Conversion:
         needed = sum(shard.size for file, shard in self.shards.items() if file not in self.done)
         if needed > free:
             raise CheckpointError(f"{self.target}: {free:,} bytes are free, wanted {needed:,}")
+        self.errors = {file: self.errors[file] for file in self.done}
         self._save_state()
 
-    def _shard(self, file: str, copies: list, groups: list[Group]) -> None:
-        """Finishes one shard. A group may write to a later shard too, which then has less to do in its turn."""
+    def _submit_copies(self, pool: Lanes, file: str, copies: list) -> None:
+        for entry, _, name in [c for c in copies if c[1] == file]:
+            for at in range(0, entry.end - entry.begin, CHUNK):
+                self.under_way[file].append(pool.submit(self._job, jobs.copy, entry, at, self.shards[file], name))
+
+    def _submit(self, pool: Lanes, group: Group, inputs: Inputs | None = None) -> list[Future]:
+        """Puts a group's work behind what is there already."""
+        del self.groups[group]
+        count = len(pieces(self.checkpoint.entry(group.weights[0]).shape))
+        outputs = [self._output(into, name, count) for into, name in group.outputs]
+        live = [(f, w, output) for (f, _), w, output in zip(group.outputs, group.weights, outputs) if output]
+        for into, weight, output in live:
+            self.outputs.setdefault(into, []).append((weight, output))
+        if inputs is not None:
+            for _, _, output in live:
+                output.noted.add_tokens(inputs.tokens)
+        if inputs is not None and inputs.sums is not None:
+            job, step, how = jobs.quantize_for_inputs, jobs.at_once(self.checkpoint, group, inputs), inputs
+        else:
+            job, step, how = jobs.quantize, 1, self.plan.settings.plain_search
+        ends = ((at, min(at + step, count)) if how is inputs else (at,) for at in range(0, count, step))
+        under_way = [pool.submit(self._job, job, *some, self.checkpoint, group, outputs, how) for some in ends]
+        for into in {into for into, _, _ in live}:
+            self.under_way[into] += under_way
+        return under_way
+
+    def _calibrate(self, pool: Lanes, copies: list) -> None:
+        """Runs the tokens through the trunk and quantizes a layer's weights when it has seen their inputs.
+
+        Shards get their names as soon as they are whole, so that a stopped run has less to do again.
+        """
+        settings, device = self.plan.settings, self.devices[0]
+        run = Calibration(self.checkpoint, self.plan.config, self.plan.tokens, device, settings.search)
+        trunk = {group.weights[0]: group for group in self.groups if self._is_calibrated(group)}
+        for index, inputs, peaks in run.layers(set(trunk), self.progress):
+            for letter, peak in zip("kv", peaks.tolist()):
+                if settings.kv_scales == "calibrated":
+                    self.values[index, f"{letter}_scale"] = peak / E4M3_MAX or 1.0
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # lanes have streams of their own
+            under_way = []
+            for leader, found in inputs.items():
+                group = trunk[leader]
+                for weight in group.weights:
+                    self.values[index, f"{projection_name(weight)}.input_scale"] = found.input_scale
+                under_way += self._submit(pool, group, found)
+            for job in under_way:
+                job.result()
+            left = {file for group in self.groups for file, _ in group.outputs}
+            late = {file for file, name, _ in self.plan.constants if (layer_number(canonical(name)) or 0) > index}
+            for file in [f for f in self.under_way if f not in left | late]:
+                self._submit_copies(pool, file, copies)
+                self._finish(file)
+
+    def _is_calibrated(self, group: Group) -> bool:
+        """Whether tokens reach it: MTP layers and the head are quantized without."""
+        layer = layer_number(group.weights[0])
+        return layer is not None and layer < self.plan.config.num_layers
+
+    def _output(self, file: str, name: str, matrices: int) -> Output | None:
+        """None for a weight of a finished shard, of which only the amax is taken."""
+        if file in self.done:
+            return None
+        return Output(self.shards[file], name, Weight.zeros(matrices))
+
+    def _job(self, job, *arguments) -> None:
+        count = job(*arguments)
+        with self.lock:
+            self.summary.bytes_in += count
+            self.bar.update(count)
+
+    def _finish(self, file: str) -> None:
+        """Waits until a shard has all of its weights, then gives it its name."""
         shard = self.shards[file]
         for _, name, value in (c for c in self.plan.constants if c[0] == file):
-            shard.write(name, _bytes(torch.full(self.plan.shards[file][name][1], value)))
-        for entry, _, name in (c for c in copies if c[1] == file):
-            at = 0
-            for data in read_chunks(entry):
-                shard.write(name, data, at)
-                at += len(data)
-                self._count(len(data))
-        for group in [g for g in groups if any(f == file for f, _ in g.outputs)]:
-            groups.remove(group)
-            self._group(group)
-        self.errors.setdefault(file, [])
+            value = self._calibrated(canonical(name), value)
+            shard.write(name, jobs.as_bytes(torch.full(self.plan.shards[file][name][1], value)))
+        for job in self.under_way.pop(file):
+            job.result()
+        self.errors[file] = [
+            [layer_number(weight), projection_name(weight), output.noted.state(), sorted(output.zeros)]
+            for weight, output in self.outputs.pop(file, [])
+        ]
         self._save_state()  # before the rename: a shard with its name on has its errors in the state
         shard.finish()
         self.done.add(file)
         self.summary.bytes_out += shard.size
 
-    def _group(self, group: Group) -> None:
-        """Quantizes weights that share global scales; of what lies in a finished shard only amax is taken."""
-        live = [i for i, (file, _) in enumerate(group.outputs) if file not in self.done]
-        shapes, search = [self.checkpoint.entry(name).shape for name in group.weights], self.plan.settings.search
-        scales, sums = torch.empty(shapes[0][:-2]), {i: torch.zeros(2, dtype=torch.float64) for i in live}
-        for matrix, ranges in enumerate(zip(*map(pieces, shapes))):
-            held, scale = self._shared_scale(group.weights, ranges, label(shapes[0], matrix))
-            scales.view(-1)[matrix] = scale
-            for i in live:
-                file, name = group.outputs[i]
-                for begin, end in ranges[i]:
-                    # A linear of several pieces is read again: its scale needs all of them, memory holds but one.
-                    weight = group.weights[i]
-                    x = held[i] if len(ranges[i]) == 1 else read_piece(self.checkpoint, weight, begin, end)[0]
-                    codes, blocks, error = quantize_piece(x, scale, search, self.device)
-                    sums[i] += error
-                    for output, data in ((name, codes), (f"{name}_scale", blocks)):
-                        self.shards[file].write(output, _bytes(data), data.nbytes // (end - begin) * begin)
-        for i in live:
-            (file, name), weight = group.outputs[i], group.weights[i]
-            self.shards[file].write(f"{name}_scale_2", _bytes(scales))
-            row = [layer_number(weight), projection_name(weight), *sums[i].tolist()]
-            self.errors.setdefault(file, []).append(row)
+    def _calibrated(self, name: str, default: float) -> float:
+        """A scale's value by the calibration, if that has seen its weight's inputs or its keys and values."""
+        what = projection_name(name) + ".input_scale" if name.endswith(".input_scale") else name.rpartition(".")[2]
+        return self.values.get((layer_number(name), what), default)
 
-    def _shared_scale(self, weights: tuple[str, ...], ranges: tuple, which: str) -> tuple[list[Tensor], Tensor]:
-        """The last piece of each weight, and the global scale f32 [] by the amax of all pieces of all of them."""
-        held, amax = [], []
-        for weight, parts in zip(weights, ranges):
-            for begin, end in parts:
-                x, top = read_piece(self.checkpoint, weight, begin, end)
-                amax.append(top)
-                self._count(self._size(weight) // self.checkpoint.entry(weight).shape[0] * (end - begin))
-            held.append(x)
-        scale = nvfp4.global_scale(torch.stack(amax).amax(), self.plan.settings.search)
-        if not scale > 0:
-            raise CheckpointError(f"{weights[0]}: {which}weights are too small, amax {max(amax)}")
-        return held, scale
+    def _sum_up(self) -> None:
+        rows = {(layer, projection): row for file in self.errors.values() for layer, projection, *row in file}
+        for weight in (w for group in self.plan.groups for w in group.weights):  # the model's order, not the shards'
+            key = layer_number(weight), projection_name(weight)
+            if key in rows:
+                state, zeros = rows[key]
+                noted = self.summary.weights[key] = Weight.from_state(state)
+                self.summary.errors.add(*key, *noted.errors.sum(0).tolist())
+                shape = self.checkpoint.entry(weight).shape
+                self.summary.zeros += [f"{weight}: {label(shape, matrix)}".rstrip(": ") for matrix in zeros]
 
     def _metadata(self) -> dict[str, bytes]:
         return metadata_files(self.checkpoint.config, self.plan.patterns, self.plan.settings.kv_cache, self.shards)
@@ -220,15 +303,3 @@ class _Conversion:
     def _save_state(self) -> None:
         state = {"digest": self.plan.digest, "errors": self.errors}
         write_file(self.target / STATE, json.dumps(state).encode())
-
-    def _size(self, weight: str) -> int:
-        entry = self.checkpoint.entry(weight)
-        return entry.end - entry.begin
-
-    def _count(self, read: int) -> None:
-        self.summary.bytes_in += read
-        self.bar.update(read)
-
-
-def _bytes(t: Tensor):
-    return t.contiguous().reshape(-1).view(torch.uint8).numpy()

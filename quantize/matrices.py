@@ -1,21 +1,22 @@
-"""A weight in pieces, an expert or some rows: read from the source, quantized, and compared with what it was."""
+"""A weight in pieces, an expert or some rows: read from the source and quantized."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from step_kernels import nvfp4
+from step_kernels import nvfp4, nvfp4_error, nvfp4_search
+from step_kernels.model import checkpoint as stored
 from step_kernels.model.checkpoint import Checkpoint, CheckpointError
 
+from . import search as lookup
 from .layout import FP8_BLOCK
 
-# Elements worked on at a time on a CPU: the temporaries, 1 MB each, stay in cache. 8 (max) and 2 times (mse) faster
-# than the 5,242,880 of a real expert at once.
-_CPU_CHUNK = 1 << 18
+# Elements worked on at a time: on a CPU the temporaries, 1 MB each, stay in cache (8 times as fast for `max`, 2 for
+# `mse`, as the 5,242,880 of a real expert at once); on a GPU they are what a lane adds to its memory, 8 MB each.
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 21}
 _PIECE = 1 << 22  # elements of a linear held at a time, about an expert's
+_CPU = torch.device("cpu")
 
 
 def pieces(shape: tuple[int, ...]) -> list[list[tuple[int, int]]]:
@@ -35,16 +36,27 @@ def label(shape: tuple[int, ...], matrix: int) -> str:
     return f"expert {matrix}: " if len(shape) in (1, 3) else ""
 
 
-def read_piece(checkpoint: Checkpoint, weight: str, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    """A range of `pieces` as [rows, k], as stored or f32 from an FP8 source, and amax f32 []; NaN, inf are errors."""
-    x = checkpoint.read(weight, begin, end)
+def read_piece(
+    checkpoint: Checkpoint,
+    weight: str,
+    begin: int,
+    end: int,
+    device: torch.device = _CPU,
+    buffer: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A range of `pieces` as [rows, k], as stored or f32 from an FP8 source, and amax f32 []; NaN, inf are errors.
+
+    On a CPU it lies in `buffer`, u8 on the host, where one is given.
+    """
+    x = _read(checkpoint, weight, begin, end, device, buffer)
     if x.dtype == torch.float8_e4m3fn:
         first, last = (begin, end) if x.dim() == 3 else (begin // FP8_BLOCK, -(-end // FP8_BLOCK))
-        inverse = checkpoint.read(f"{weight}_scale_inv", first, last)
+        inverse = _read(checkpoint, f"{weight}_scale_inv", first, last, device)
         n, k = x.shape[-2:]
         x = x.float()
         x *= inverse.repeat_interleave(FP8_BLOCK, -2)[..., :n, :].repeat_interleave(FP8_BLOCK, -1)[..., :k]
-    amax = x.abs().amax().float()
+    ends = [torch.stack(part.aminmax()) for part in x.view(-1).split(_CHUNK[device.type])]
+    amax = torch.stack(ends).abs().amax().float()
     if not torch.isfinite(amax):
         entry = checkpoint.entry(weight)
         which = label(entry.shape, begin)
@@ -52,24 +64,24 @@ def read_piece(checkpoint: Checkpoint, weight: str, begin: int, end: int) -> tup
     return x.reshape(-1, x.shape[-1]), amax
 
 
-def quantize_piece(weight: Tensor, scale: Tensor, search: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """[n, k], f32 [] -> codes u8 [n, k/2], block scales as u8 [n, k/16], and f64 [2]: squared error, squared size."""
-    codes, blocks, sums = [], [], torch.zeros(2, dtype=torch.float64)
-    scale = scale.to(device)
-    for rows in _row_chunks(weight, device):
-        x = rows.to(device).float()
+def quantize_piece(weight: Tensor, scale: Tensor, search: str) -> tuple[Tensor, Tensor, Tensor]:
+    """[n, k], f32 [] on one device -> on the host codes u8 [n, k/2], block scales as u8 [n, k/16], and f64 [2]: squared
+    error, squared size."""
+    looked_up = lookup.quantize(weight, scale, search)
+    if looked_up is not None:
+        return looked_up
+    if weight.is_cuda:
+        codes, blocks = nvfp4_search(weight, scale, search)
+        return tuple(_to_host(t) for t in (codes, blocks, nvfp4_error(weight, codes, blocks, scale)))
+    codes, blocks, sums = [], [], []
+    for rows in weight.split(max(1, _CHUNK[weight.device.type] // weight.shape[1])):
+        x = rows.float()
         block_scales = nvfp4.search_scales(x, scale, search)
         packed, _ = nvfp4.quantize(x, scale, block_scales)
-        sums += squared_error(x, packed, block_scales, scale).cpu()
-        codes.append(packed.cpu())
-        blocks.append(block_scales.view(torch.uint8).cpu())
-    return torch.cat(codes), torch.cat(blocks), sums
-
-
-def piece_error(weight: Tensor, codes: Tensor, blocks: Tensor, scale: Tensor) -> Tensor:
-    """[n, k] and its quantized form -> f64 [2]: squared error, squared size."""
-    chunks = zip(*(_row_chunks(t, weight.device, weight.shape[1]) for t in (weight, codes, blocks)))
-    return torch.stack([squared_error(x.float(), c, b, scale) for x, c, b in chunks]).sum(0)
+        sums.append(squared_error(x, packed, block_scales, scale))
+        codes.append(packed)
+        blocks.append(block_scales.view(torch.uint8))
+    return tuple(_to_host(t) for t in (torch.cat(codes), torch.cat(blocks), torch.stack(sums).sum(0)))
 
 
 def squared_error(x: Tensor, codes: Tensor, blocks: Tensor, scale: Tensor) -> Tensor:
@@ -78,7 +90,23 @@ def squared_error(x: Tensor, codes: Tensor, blocks: Tensor, scale: Tensor) -> Te
     return torch.stack([t.square().sum(dtype=torch.float64) for t in (difference, x)])
 
 
-def _row_chunks(t: Tensor, device: torch.device, width: int | None = None) -> Iterator[Tensor]:
-    if device.type != "cpu":
-        return iter((t,))
-    return iter(t.split(max(1, _CPU_CHUNK // (width or t.shape[1]))))
+def piece_bytes(checkpoint: Checkpoint, weight: str) -> int:
+    """The most bytes that a range of `pieces` has in the source."""
+    entry = checkpoint.entry(weight)
+    most = max(end - begin for parts in pieces(entry.shape) for begin, end in parts)
+    return (entry.end - entry.begin) // entry.shape[0] * most
+
+
+def _read(
+    checkpoint: Checkpoint, name: str, begin: int, end: int, device: torch.device, buffer: Tensor | None = None
+) -> Tensor:
+    """A range of a tensor's first dimension, on the device."""
+    entry = checkpoint.entry(name)
+    (piece,) = stored.pieces(entry, entry.end - entry.begin, (begin, end))
+    host = stored.read_piece(piece, None if buffer is None else buffer[: piece.end - piece.begin])
+    return host.view(entry.dtype).view(end - begin, *entry.shape[1:]).to(device)
+
+
+def _to_host(t: Tensor) -> Tensor:
+    t = t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
+    return t if t.device.type == "cpu" else torch.empty_like(t, device="cpu", pin_memory=True).copy_(t)

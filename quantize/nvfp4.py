@@ -10,14 +10,17 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
+
 from step_kernels.cli import Parser
 from step_kernels.model.checkpoint import CheckpointError
 from step_kernels.nvfp4 import SEARCHES
 
 from .cli import print_problems
 from .convert import STATE, Summary, run
+from .estimate import estimate, table
 from .modelopt import NAMES
-from .plan import KV_CACHES, RECIPES, Settings, UsageError
+from .plan import CALIBRATED, KV_CACHES, KV_SCALES, RECIPES, Settings, UsageError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +28,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     again = f"python -m quantize.nvfp4 {shlex.join([*_without_resume(arguments), '--resume'])}"
     try:
-        settings = Settings(options.recipe, options.search, options.kv_cache, options.names, options.lm_head)
+        settings = Settings(
+            options.recipe,
+            options.search,
+            options.kv_cache,
+            options.names,
+            options.lm_head,
+            options.calibration,
+            options.kv_scales,
+        )
+        if options.dry_run:
+            return _dry_run(options, settings)
         summary = run(
             options.source,
             options.target,
@@ -34,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             resume=options.resume,
             device=options.device,
             progress=True,
+            report=options.report,
         )
     except UsageError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -53,7 +67,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m quantize.nvfp4",
         description="Converts a BF16 or FP8 Step-3.5 or Step-3.7 checkpoint to NVFP4 for vLLM, SGLang, TensorRT-LLM, "
-        "a slice at a time. Activation scales (input_scale) are 1.0, for no calibration data is used.",
+        "a slice at a time. Without --calibration the scales of activations (input_scale) are 1.0.",
         epilog="example: python -m quantize.nvfp4 Step-3.7-Flash Step-3.7-Flash-NVFP4 --search mse --kv-cache fp8",
     )
     parser.add_argument(
@@ -71,10 +85,23 @@ def _parser() -> Parser:
     parser.add_argument("--lm-head", action="store_true", help="quantize lm_head too; only with --recipe linears")
     parser.add_argument(
         "--search",
-        choices=SEARCHES,
+        choices=(*SEARCHES, *CALIBRATED),
         default="mse",
         help="how block scales are chosen: least squared error of nine, amax / 6, or the better of amax / 6 and "
-        "amax / 4 (default: %(default)s)",
+        "amax / 4; with --calibration also codes and scales by the inputs' Hessian, in blocks of 16 (hessian) or whole "
+        "(gptq: most accurate, and the most memory) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="a text, or token ids in a .npy file: what goes through the source model, a layer at a time, to measure "
+        "input scales and for hessian and gptq; at most 1.05 M tokens",
+    )
+    parser.add_argument(
+        "--kv-scales",
+        choices=KV_SCALES,
+        default=KV_SCALES[0],
+        help="scales of the FP8 KV cache: 1.0, which SGLang always takes, or by --calibration (default: %(default)s)",
     )
     parser.add_argument(
         "--kv-cache", choices=KV_CACHES, default="fp8", help="KV cache type to ask of engines (default: %(default)s)"
@@ -88,8 +115,22 @@ def _parser() -> Parser:
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True, help="check the result (default: yes)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with a stopped conversion in DST")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    parser.add_argument("--report", metavar="HTML", help="write a page with the errors, sizes and plots of the result")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on with a stopped conversion in DST")
+    how.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print what would become of the tensors, the room it takes and, after a few seconds' measuring, how "
+        "long",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="with --dry-run: a line a tensor")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute: cpu, cuda (all GPUs), or some of them, as cuda:0,cuda:1; the bytes are the same "
+        "(default here: %(default)s)",
+    )
     return parser
 
 
@@ -97,10 +138,31 @@ def _without_resume(arguments: list[str] | None) -> list[str]:
     return [a for a in (sys.argv[1:] if arguments is None else arguments) if a != "--resume"]
 
 
+def _dry_run(options: argparse.Namespace, settings: Settings) -> int:
+    plan, cost = estimate(options.source, options.target, settings, device=options.device)
+    print("\n".join(table(plan, options.verbose)))
+    rates = (cost.reading, cost.quantizing, cost.writing)
+    print("measured: read {:.2f}, quantize {:.2f}, write {:.2f} GB/s".format(*(rate / 1e9 for rate in rates)))
+    print(
+        f"reads {_size(cost.read)}, writes {_size(cost.written)} in {len(plan.shards)} files where {_size(cost.free)} "
+        f"are free; takes about {_duration(cost.seconds)}, without the verification"
+    )
+    if cost.written > cost.free:
+        raise CheckpointError(f"{options.target}: {cost.free:,} bytes are free, wanted {cost.written:,}")
+    return 0
+
+
 def _print(summary: Summary, options: argparse.Namespace) -> None:
     if summary.errors.sums:
         print(summary.errors.table())
-        print(f"read {_size(summary.bytes_in)}, wrote {_size(summary.bytes_out)} in {summary.seconds:.1f} s")
+        rate = summary.bytes_in / summary.seconds / 1e9
+        print(f"read {_size(summary.bytes_in)}, wrote {_size(summary.bytes_out)} in {summary.seconds:.1f} s", end="")
+        print(f" ({rate:.2f} GB/s), verified in {summary.verify_seconds:.1f} s", end="")
+        print(f"; peak memory {_size(summary.host_peak)}, of a GPU {_size(summary.gpu_peak)}")
+    for zero in summary.zeros[:20]:
+        print(f"{zero} is all zero in the source: codes 0, scales 1")
+    if len(summary.zeros) > 20:
+        print(f"and {len(summary.zeros) - 20} more")
     if summary.left_out:
         print(f"not copied: {', '.join(summary.left_out)}")
     print_problems(summary.problems)
@@ -110,6 +172,10 @@ def _print(summary: Summary, options: argparse.Namespace) -> None:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 if __name__ == "__main__":

@@ -7,17 +7,21 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 import step_kernels.model
 from step_kernels.model.checkpoint import DTYPES, Checkpoint, CheckpointError, Entry
 from step_kernels.model.config import StepConfig
 from step_kernels.nvfp4 import BLOCK, SEARCHES
 
+from .calibration import read_tokens
 from .layout import expert_shapes, inverse_scale_shape, output_tensors, tensor_shapes, weight_groups
 from .modelopt import NAMES, exclude_patterns, layer_number, released_name
 
 BUNDLED = "bundled"
 RECIPES = ("experts", "linears")
-KV_CACHES = ("fp8", "none")
+KV_CACHES, KV_SCALES = ("fp8", "none"), ("cast", "calibrated")
+CALIBRATED = ("hessian", "gptq")  # searches that need to know the inputs of a weight
 FLOATS = ("BF16", "F16", "F32")
 _NAME = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -35,14 +39,26 @@ class Settings:
     kv_cache: str = "fp8"
     names: str = "source"
     lm_head: bool = False
+    calibration: str | Path | None = None  # text or token ids, as calibration.read_tokens takes them
+    kv_scales: str = "cast"
 
     def __post_init__(self):
-        choices = {"recipe": RECIPES, "search": SEARCHES, "kv_cache": KV_CACHES, "names": NAMES}
+        searches = (*SEARCHES, *CALIBRATED)
+        choices = {"recipe": RECIPES, "search": searches, "kv_cache": KV_CACHES, "names": NAMES, "kv_scales": KV_SCALES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(allowed)}")
         if self.lm_head and self.recipe != "linears":
             raise UsageError(f"lm_head: got it with recipe {self.recipe}, wanted recipe linears")
+        if self.calibration is None and self.search in CALIBRATED:
+            raise UsageError(f"search: {self.search} needs to know the weights' inputs, wanted calibration data")
+        if self.kv_scales == "calibrated" and (self.calibration is None or self.kv_cache == "none"):
+            raise UsageError("kv_scales: got calibrated, wanted calibration data and an fp8 KV cache with it")
+
+    @property
+    def plain_search(self) -> str:
+        """The search for weights whose inputs are not calibrated."""
+        return "mse" if self.search in CALIBRATED else self.search
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,7 @@ class Plan:
     config: StepConfig
     settings: Settings
     patterns: list[str]
+    tokens: Tensor | None = None  # i64 [sequences, length], to calibrate with
     shards: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = field(default_factory=dict)
     copies: list[tuple[Entry, str, str]] = field(default_factory=list)
     constants: list[tuple[str, str, float]] = field(default_factory=list)
@@ -70,8 +87,15 @@ class Plan:
     def digest(self) -> str:
         """Names this conversion: the same settings, source headers, source config and version of the code."""
         entries = [(e.stored_name, e.file.name, _NAME[e.dtype], e.shape, e.begin) for e in self._entries()]
-        what = [step_kernels.__version__, asdict(self.settings), entries, self.checkpoint.config]
+        seen = None if self.tokens is None else hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+        settings = asdict(self.settings) | {"calibration": seen}
+        what = [step_kernels.__version__, settings, entries, self.checkpoint.config]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What each shard's header says of itself."""
+        return {"format": "pt", "producer": f"step-kernels {step_kernels.__version__}", "conversion": self.digest}
 
     def _entries(self) -> list[Entry]:
         return sorted(self.checkpoint.entries.values(), key=lambda e: (e.file.name, e.begin, e.stored_name))
@@ -107,6 +131,8 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
     stored = [entry.stored_name for entry in checkpoint.entries.values()]
     third = {"language_model."} if any(name.startswith("language_model.") for name in stored) else set()
     plan = Plan(checkpoint, config, settings, exclude_patterns(config, settings.recipe, settings.lm_head, third))
+    if settings.calibration is not None:
+        plan.tokens = read_tokens(settings.calibration, checkpoint.folder, config)
     shapes = tensor_shapes(config) | expert_shapes(config)
     groups = weight_groups(config, settings.recipe, settings.lm_head)
     quantized = {name for group in groups for name in group}

@@ -3,19 +3,10 @@
 import pytest
 import torch
 
-from quantize import hessian
-from quantize.hessian import BLOCK, DAMPING, block_hessians, inverse_factor, output_error, shrunk
+from quantize.hessian import BLOCK, DAMPING, block_hessians, gptq, local_gptq, output_error, shrunk
 from step_kernels import nvfp4
 
 TOKENS, N, K = 2048, 96, 256
-
-
-def gptq(weight, scale, whole):
-    return hessian.gptq(weight, scale, inverse_factor(whole))
-
-
-def local_gptq(weight, scale, blocks):
-    return hessian.local_gptq(weight, scale, inverse_factor(blocks))
 
 
 def activations(tokens, seed, k=K):
@@ -103,12 +94,25 @@ def test_a_block_has_the_scale_that_leaves_the_least_of_d_h_d_among_all_codes():
     assert got.sum() < 1.01 * torch.stack(every).amin(0).sum()
 
 
-def test_gptq_rounds_a_column_and_takes_its_error_from_those_behind():
+def test_gptq_rounds_a_column_and_takes_its_error_from_those_behind(monkeypatch):
+    monkeypatch.setattr("quantize.hessian.SWEEPS", 0)
     (weight, scale), x = weights("gauss", 32, 160), activations(TOKENS, 1, 160)  # 160: more than one group of columns
     codes, scales = gptq(weight, scale, x.T @ x)
     wanted = published(weight, scales, scale, x.T @ x)
     same = nvfp4.dequantize(codes, scales, scale, torch.float64).isclose(wanted, rtol=1e-5)
     assert same.float().mean() > 0.995  # a value at a tie may fall to either side, and moves its row a little
+
+
+def test_sweeps_lower_what_outputs_err_by(monkeypatch):
+    """Inputs of 24 factors and noise: by 1 dB and more."""
+    factors = torch.randn(24, K, generator=torch.Generator().manual_seed(7))
+    x = 0.3 * activations(TOKENS, 1) + activations(TOKENS, 3, 24) @ factors
+    weight, scale = weights("gauss")
+    errors = []
+    for sweeps in (0, 2):
+        monkeypatch.setattr("quantize.hessian.SWEEPS", sweeps)
+        errors.append(output_sqnr(x, weight, nvfp4.dequantize(*gptq(weight, scale, x.T @ x), scale)))
+    assert errors[1] > errors[0] + 1
 
 
 def test_without_correlation_gptq_is_rounding():

@@ -1,0 +1,148 @@
+"""What a lane does at a time: copy some bytes of a tensor, or quantize one matrix of weights with one global scale."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from step_kernels import nvfp4
+from step_kernels.model.checkpoint import Checkpoint, CheckpointError, Entry, Piece, read_piece
+
+from . import lanes, matrices
+from .calibration import Inputs
+from .figures import Weight, tally
+from .hessian import gptq, local_gptq, output_error
+from .matrices import label, pieces, quantize_piece
+from .plan import Group
+from .shards import CHUNK, Shard
+
+_AT_ONCE = 1 << 28  # numbers
+
+
+@dataclass
+class Output:
+    """Where a weight goes, what was noted of it, and which of its matrices are all zero."""
+
+    shard: Shard
+    name: str
+    noted: Weight
+    zeros: list[int] = field(default_factory=list)
+
+    def write(self, suffix: str, data: Tensor, at: int) -> None:
+        """Puts a part of the tensor name + `suffix` at byte `at` of it."""
+        self.shard.write(self.name + suffix, as_bytes(data), at)
+
+
+def copy(entry: Entry, at: int, shard: Shard, name: str) -> int:
+    """Copies at most CHUNK bytes of a tensor from its byte `at` on; gives how many."""
+    size = min(CHUNK, entry.end - entry.begin - at)
+    data = read_piece(Piece(entry, entry.begin + at, entry.begin + at + size), *lanes.buffers(size))
+    shard.write(name, as_bytes(data), at)
+    return size
+
+
+def quantize(
+    matrix: int,
+    checkpoint: Checkpoint,
+    group: Group,
+    outputs: list[Output | None],
+    search: str,
+) -> int:
+    """Quantizes one matrix of each weight of a group, but writes no weight without an output; gives the bytes of all.
+
+    Gate and up, which share a scale, may lie in different shards, one of them finished before an earlier run stopped.
+    """
+    ranges = [pieces(checkpoint.entry(weight).shape)[matrix] for weight in group.weights]
+    buffers = lanes.buffers(*(matrices.piece_bytes(checkpoint, weight) for weight in group.weights))
+    held, tops, device = [], [], lanes.device()
+    for weight, parts, buffer in zip(group.weights, ranges, buffers):
+        amax = []
+        for begin, end in parts:
+            x, top = matrices.read_piece(checkpoint, weight, begin, end, device, buffer)
+            amax.append(top)
+        held.append(x)
+        tops.append(torch.stack(amax).amax())
+    scale = nvfp4.global_scale(torch.stack(tops).amax(), search)
+    if not scale > 0:
+        which = label(checkpoint.entry(group.weights[0]).shape, matrix)
+        raise CheckpointError(f"{group.weights[0]}: {which}weights are too small, amax {float(max(tops)):.3g}")
+    for weight, parts, buffer, x, top, output in zip(group.weights, ranges, buffers, held, tops, outputs):
+        if output is None:
+            continue
+        for begin, end in parts:
+            if len(parts) > 1:  # once more: the scale needs all of a linear, memory holds but a piece
+                x, _ = matrices.read_piece(checkpoint, weight, begin, end, device, buffer)
+            codes, blocks, sums = quantize_piece(x, scale, search)
+            output.write("", codes, codes.nbytes // (end - begin) * begin)
+            output.write("_scale", blocks, blocks.nbytes // (end - begin) * begin)
+            output.noted.add(matrix, sums, scale, tally(x, codes, blocks, scale))
+        output.write("_scale_2", scale.cpu(), 4 * matrix)
+        if top == 0:
+            output.zeros.append(matrix)
+    return sum(
+        source_bytes(checkpoint, weight) // len(pieces(checkpoint.entry(weight).shape)) for weight in group.weights
+    )
+
+
+def quantize_for_inputs(
+    begin: int, end: int, checkpoint: Checkpoint, group: Group, outputs: list[Output | None], inputs: Inputs
+) -> int:
+    """The same for matrices begin to end - 1 together, by the Hessians of the `inputs` that a group's weights share."""
+    device, hessians = lanes.device(), inputs.hessians(begin, end).to(lanes.device())
+    search, count = gptq if hessians.dim() == 3 else local_gptq, 0
+    parts, tops = [pieces(checkpoint.entry(weight).shape) for weight in group.weights], []
+    for weight, ranges in zip(group.weights, parts):
+        amax = [
+            [matrices.read_piece(checkpoint, weight, *rows, device)[1] for rows in ranges[m]] for m in range(begin, end)
+        ]
+        tops.append(torch.stack([torch.stack(of).amax() for of in amax]))
+        count += source_bytes(checkpoint, weight) // len(ranges) * (end - begin)
+    scales = nvfp4.global_scale(torch.stack(tops).amax(0))
+    for matrix in (begin + (~(scales > 0)).nonzero().flatten()).tolist():
+        which = label(checkpoint.entry(group.weights[0]).shape, matrix)
+        raise CheckpointError(f"{group.weights[0]}: {which}weights are too small")
+    for weight, ranges, top, output in zip(group.weights, parts, tops, outputs):
+        if output is None:
+            continue
+        for some in zip(*ranges[begin:end]):  # a linear's rows, or an expert each
+            x = torch.stack([matrices.read_piece(checkpoint, weight, *rows, device)[0] for rows in some])
+            packed, chosen = search(x, scales, hessians)
+            for i, (first, last) in enumerate(some):
+                codes, blocks = packed[i].cpu(), chosen[i].view(torch.uint8).cpu()
+                output.write("", codes, codes.nbytes // (last - first) * first)
+                output.write("_scale", blocks, blocks.nbytes // (last - first) * first)
+                decoded = nvfp4.dequantize(packed[i], chosen[i], scales[i])
+                sums = torch.stack(
+                    [t.square().sum(dtype=torch.float64) for t in (decoded - x[i].float(), x[i].float())]
+                )
+                output.noted.add(begin + i, sums, scales[i], tally(x[i], codes, blocks, scales[i]))
+                output.noted.add_outputs(begin + i, output_error(x[i], decoded, hessians[i]))
+        output.write("_scale_2", scales.cpu(), 4 * begin)
+        output.zeros += (begin + (top == 0).nonzero().flatten()).tolist()
+    return count
+
+
+def at_once(checkpoint: Checkpoint, group: Group, inputs: Inputs) -> int:
+    """How many matrices of a group quantize_for_inputs may take; it holds some ten numbers a weight and a sum."""
+    sizes = [math.prod(checkpoint.entry(weight).shape[-2:]) for weight in group.weights]
+    return max(1, _AT_ONCE // (max(sizes) + inputs.sums[0].numel()))
+
+
+def source_bytes(checkpoint: Checkpoint, weight: str) -> int:
+    """Bytes of a weight in its source."""
+    entry = checkpoint.entry(weight)
+    return entry.end - entry.begin
+
+
+def host_bytes(checkpoint: Checkpoint, group: Group) -> int:
+    """Host memory for one matrix of each weight of a group: as read, in f32 if it is FP8, and quantized."""
+    sizes = {weight: matrices.piece_bytes(checkpoint, weight) for weight in group.weights}
+    return sum(n * (9 if checkpoint.entry(w).dtype == torch.float8_e4m3fn else 1) + n // 3 for w, n in sizes.items())
+
+
+def as_bytes(t: Tensor):
+    """The bytes of a host tensor."""
+    return t.contiguous().reshape(-1).view(torch.uint8).numpy()
