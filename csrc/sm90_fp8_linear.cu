@@ -1,14 +1,15 @@
-// out = scale * (x W^T) for e4m3 weights [n, k] with an f32 scale a row and up to 64 bf16 rows of x.
+// out = scale * (x W^T), or SwiGLU of its halves, for e4m3 weights [n, k] with an f32 scale a row and up to 64 bf16
+// rows of x.
 //
 // Bytes: 1 a weight, once, and x's bf16 from L2 with them: 1/8 of their bytes for 4 tokens, 1/4 for 16, 2/3 for 64.
 // The tensor cores read codes and x from shared memory. x is split first, by a warpgroup of its own or, from 9 tokens
-// on, by a kernel ahead: x = 2^e (hi + lo), hi in e4m3, lo in e5m2, e of the largest of a unit's k. bf16 has 8 significant bits, hi takes 4 and lo the
-// rest: exact down to 2^-13 of that largest, with an error of at most 2^-21 of it below. A hi + A lo stay in the
-// tensor core, whose sums keep some 13 bits, for 128 k; then they go, times 2^e, to f32: an error of 3.5e-4 by a
-// model. With up to four tokens hi and 16 lo, in e4m3, are columns of one product.
+// on, by a kernel ahead: x = 2^e (hi + lo), hi in e4m3, lo in e5m2, e of the largest of a unit's k. bf16 has 8
+// significant bits, hi takes 4 and lo the rest: exact down to 2^-13 of that largest, with an error of at most 2^-21 of
+// it below. A hi + A lo stay in the tensor core, whose sums keep some 13 bits, for 128 k; then they go, times 2^e, to
+// f32: an error of 3.5e-4 by a model. With up to four tokens hi and 16 lo, in e4m3, are columns of one product.
 #include "common/linear_sm90.cuh"
 
-template <int kTokens_>
+template <int kTokens_, bool kPaired_>
 struct Tile {
   static constexpr int kTokens = kTokens_;
   static constexpr bool kJoined = kTokens == 4;  // columns: hi of four tokens, then lo
@@ -19,7 +20,7 @@ struct Tile {
   static constexpr int kUnitK = 128 * kBoxes;
   static constexpr int kMath = kGroups * kWarpgroup, kConverters = kTokens <= 8 ? kWarpgroup : 0;
   static constexpr int kFetcher = kMath + kConverters, kFetcherX = kFetcher + 32, kThreads = kFetcher + 64;
-  static constexpr bool kScaled = true;
+  static constexpr bool kScaled = true, kPaired = kPaired_;
   static constexpr int kWeightBox = kRows * 128, kHalf = kTokens * 128;  // bytes of 128 k; kHalf: hi, and as many lo
   static constexpr int kX = kBoxes * kWeightBox;                         // where x begins in a stage
   static constexpr int kFactors = kX + kBoxes * 2 * kHalf;               // as bf16 x takes no less
@@ -33,7 +34,7 @@ struct Tile {
   static __device__ void copy_weights(const Maps& maps, u32 stage, int row, int unit, u32 barrier) {
 #pragma unroll
     for (int i = 0; i < kBoxes; ++i)
-      copy_box(stage + i * kWeightBox, &maps.weight, (unit * kBoxes + i) * 128, row * kRows, barrier);
+      copy_weight_box<Tile>(stage + i * kWeightBox, &maps.weight, (unit * kBoxes + i) * 128, row, barrier);
   }
   static __device__ void copy_x(const Maps& maps, const Problem& problem, u32 stage, int unit, u32 barrier) {
     copy_box(stage + kX, &maps.x, unit * kUnitK, 0, barrier);  // bf16 [kTokens, kUnitK], not swizzled, or hi
@@ -191,10 +192,12 @@ __device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_al
   }
 
   const int group = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / kWarpgroup), 0);
+  const u32 none = static_cast<u32>(line.units) >> 31;  // 0, but ptxas does not know
   int stage = 0;
   u32 parity = 0;
   for (int at = line.begin; at < line.end;) {
     const int row = at / line.units, stop = min(line.end, (row + 1) * line.units);
+    const Scales scales = scales_of<T>(problem, row);
     float total[T::kColumns / 2];
 #pragma unroll
     for (int i = 0; i < T::kColumns / 2; ++i) total[i] = 0.0f;
@@ -218,6 +221,7 @@ __device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_al
         commit_products();
       }
       const u32 factors = from + T::kFactors + threadIdx.x % 4 * 2 % T::kTokens * 4;
+      u32 loaded = 0;
 #pragma unroll
       for (int i = 0; i < T::kBoxes; ++i) {
         if (i == T::kBoxes - 1) wait_for_products<0>();
@@ -226,32 +230,37 @@ __device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_al
 #pragma unroll
         for (int j = 0; j < T::kColumns / 2; j += 4) {
           const float2 factor = load_factors(factors + j * 8);
+          loaded |= __float_as_uint(factor.x);
           total[j] = fmaf(d[i][j], factor.x, total[j]);
           total[j + 1] = fmaf(d[i][j + 1], factor.y, total[j + 1]);
           total[j + 2] = fmaf(d[i][j + 2], factor.x, total[j + 2]);
           total[j + 3] = fmaf(d[i][j + 3], factor.y, total[j + 3]);
         }
       }
-      __syncwarp();  // all lanes have their factors
-      if (threadIdx.x % 32 == 0) arrive(ring.used + 8 * stage);
+      __syncwarp();
+      // Not before the factors are in registers: the copy engine, which puts others there, does not queue behind loads.
+      if (threadIdx.x % 32 == 0) arrive(ring.used + 8 * stage + (T::kConverters ? 0 : loaded & none));
       if (++stage == T::kStages) stage = 0, parity ^= 1;
     }
     if (T::kJoined) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) total[i] += 0.0625f * __shfl_xor_sync(0xFFFFFFFFu, total[i], 2);
     }
-    finish<T>(total, problem, line, row);
+    finish<T>(total, problem, line, row, scales);
   }
 }
 
-#define VARIANT(tokens)                                                                                               \
-  extern "C" __global__ void __launch_bounds__(Tile<tokens>::kThreads, Tile<tokens>::kBlocks)                         \
-      sm90_fp8_linear_t##tokens(const float* scale, const float* factor, void* out, float4* partial, int m, int n,    \
-                                int units, int wide,                                                                  \
-                                const __grid_constant__ Maps maps) {                                                  \
-    extern __shared__ u8 s_all[];                                                                                     \
-    linear<Tile<tokens>>(maps, Problem{m, n, units, wide != 0, out, partial, scale, factor}, s_all);                          \
+#define KERNEL(name, tokens, paired)                                                                              \
+  extern "C" __global__ void __launch_bounds__((Tile<tokens, paired>::kThreads), Tile<tokens, paired>::kBlocks)   \
+      name##_t##tokens(const float* scale, const float* factor, void* out, float4* partial, int m, int n,         \
+                       int units, int wide, float limit, const __grid_constant__ Maps maps) {                     \
+    extern __shared__ u8 s_all[];                                                                                 \
+    const Problem problem{m, n, units, wide != 0, limit, out, partial, scale, factor};                            \
+    linear<Tile<tokens, paired>>(maps, problem, s_all);                                                           \
   }
+#define VARIANT(tokens)                        \
+  KERNEL(sm90_fp8_linear, tokens, false)       \
+  KERNEL(sm90_fp8_linear_swiglu, tokens, true)
 
 VARIANT(4)
 VARIANT(8)

@@ -1,17 +1,18 @@
-// out = x W^T for a bf16 weight [n, k] as checkpoints store it and up to 64 bf16 rows of x, at the speed of the memory.
+// out = x W^T, or SwiGLU of its halves, for a bf16 weight [n, k] as checkpoints store it and up to 64 bf16 rows of x,
+// at the speed of the memory.
 //
 // Bytes: 2 a weight, once. x comes from L2 with the weights: 1/8 of their bytes for up to 16 tokens, 1/2 for 64.
 // The tensor cores read both from shared memory, so no instruction touches a weight: they are busy a fifth of the time.
 #include "common/linear_sm90.cuh"
 
-template <int kTokens_, int kStages_>
+template <int kTokens_, int kStages_, bool kPaired_>
 struct Tile {
   static constexpr int kTokens = kTokens_, kColumns = kTokens;
   static constexpr int kGroups = kTokens == 8 ? 1 : 2;  // warpgroups of 64 rows that share the tokens
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kBoxes = 2 / kGroups;  // of a unit, 64 k each
   static constexpr int kMath = kGroups * kWarpgroup, kConverters = 0, kFetcher = kMath, kFetcherX = kMath + 32, kThreads = kMath + 64;
-  static constexpr bool kScaled = false;
+  static constexpr bool kScaled = false, kPaired = kPaired_;
   static constexpr int kWeightBox = kRows * 128, kBox = kTokens * 128;
   static constexpr int kX = kBoxes * kWeightBox, kXBytes = kBoxes * kBox, kUnitBytes = kX + kXBytes;
   static constexpr int kStages = kStages_, kInFlight = 6;
@@ -22,7 +23,7 @@ struct Tile {
   static __device__ void copy_weights(const Maps& maps, u32 stage, int row, int unit, u32 barrier) {
 #pragma unroll
     for (int i = 0; i < kBoxes; ++i)
-      copy_box(stage + i * kWeightBox, &maps.weight, (unit * kBoxes + i) * 64, row * kRows, barrier);
+      copy_weight_box<Tile>(stage + i * kWeightBox, &maps.weight, (unit * kBoxes + i) * 64, row, barrier);
   }
   static __device__ void copy_x(const Maps& maps, const Problem&, u32 stage, int unit, u32 barrier) {
 #pragma unroll
@@ -90,21 +91,24 @@ __device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_al
     wait_for_products<0>();
     settle(d);
     if (threadIdx.x % 32 == 0) arrive(ring.used + 8 * before);
-    finish<T>(d, problem, line, row);
+    finish<T>(d, problem, line, row, Scales{1.0f, 1.0f});
   }
 }
 
-#define VARIANT(tokens, stages)                                                                            \
-  extern "C" __global__ void __launch_bounds__((Tile<tokens, stages>::kThreads), 1)                        \
-      sm90_linear_t##tokens##_##stages(void* out, float4* partial, int m, int n, int units, int wide,      \
-                                       const __grid_constant__ Maps maps) {                                \
-    extern __shared__ u8 s_all[];                                                                          \
-    const Problem problem{m, n, units, wide != 0, out, partial, nullptr, nullptr};                         \
-    linear<Tile<tokens, stages>>(maps, problem, s_all);                                                    \
+#define KERNEL(name, tokens, stages, paired)                                                                      \
+  extern "C" __global__ void __launch_bounds__((Tile<tokens, stages, paired>::kThreads), 1)                       \
+      name##_t##tokens##_##stages(void* out, float4* partial, int m, int n, int units, int wide, float limit,     \
+                                  const __grid_constant__ Maps maps) {                                            \
+    extern __shared__ u8 s_all[];                                                                                 \
+    const Problem problem{m, n, units, wide != 0, limit, out, partial, nullptr, nullptr};                         \
+    linear<Tile<tokens, stages, paired>>(maps, problem, s_all);                                                   \
   }
+#define VARIANT(tokens, stages)                     \
+  KERNEL(sm90_linear, tokens, stages, false)        \
+  KERNEL(sm90_linear_swiglu, tokens, stages, true)
 
 VARIANT(8, 6)  // half of the shared memory: a kernel beside has the other
 VARIANT(8, 12)
 VARIANT(16, 12)
-VARIANT(32, 10)
-VARIANT(64, 9)
+KERNEL(sm90_linear, 32, 10, false)  // with SwiGLU cuBLAS and a kernel behind it are the faster from 17 tokens on
+KERNEL(sm90_linear, 64, 9, false)

@@ -5,31 +5,12 @@
 // Waiting: for the kernel ahead only.
 #include "common/bf16.cuh"
 #include "common/dependent_launch.cuh"
+#include "common/swiglu.cuh"
 
 using u16 = unsigned short;
 
 constexpr int kChunk = 8;      // values
 constexpr int kThreads = 256;  // the launcher's THREADS
-
-// Both are within 2^-22 of the result, and bf16 keeps 2^-9.
-__device__ inline float exp2_approximate(float x) {
-  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
-  return x;
-}
-__device__ inline float reciprocal_approximate(float x) {
-  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
-  return x;
-}
-
-// NaN, unlike with fminf and fmaxf, stays NaN.
-__device__ inline float at_most(float x, float limit) {
-  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(limit));
-  return x;
-}
-__device__ inline float within(float x, float limit) {
-  asm("min.NaN.f32 %0, %0, %1;\n\tmax.NaN.f32 %0, %0, %2;" : "+f"(x) : "f"(limit), "f"(-limit));
-  return x;
-}
 
 extern "C" __global__ void __launch_bounds__(kThreads) smxx_swiglu(
     const u16* gate_up,   // [rows, 2 n], rows row_stride apart
@@ -48,9 +29,6 @@ extern "C" __global__ void __launch_bounds__(kThreads) smxx_swiglu(
   eight_floats(gate, gates);
   eight_floats(up, ups);
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    const float silu = gate[i] * reciprocal_approximate(1.0f + exp2_approximate(-0x1.715476p+0f * gate[i]));
-    gate[i] = at_most(silu, limit) * within(up[i], limit);
-  }
+  for (int i = 0; i < kChunk; ++i) gate[i] = swiglu(gate[i], up[i], limit);
   *reinterpret_cast<uint4*>(out + static_cast<long long>(chunk) * kChunk) = eight_bf16(gate);
 }

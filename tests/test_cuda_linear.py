@@ -1,7 +1,8 @@
-"""The Hopper kernel of linear: what it takes and how it is launched; on a GPU its errors, edges, bits and graphs."""
+"""The Hopper kernels of linear and of SwiGLU behind it: what they take; on a GPU their errors, edges, bits, graphs."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 
@@ -19,17 +20,18 @@ BF16 = torch.bfloat16
 NO_SCHEMA_TEST = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-VARIANTS = [launcher.BESIDE, *launcher.BF16, *launcher.FP8]
+VARIANTS = [launcher.BESIDE, *launcher.BF16, *launcher.FP8, *launcher.SWIGLU.values()]
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
-@pytest.mark.parametrize("variants", [(launcher.BESIDE, *launcher.BF16), launcher.FP8], ids=["bf16", "fp8"])
-def test_kernels_compile_to_the_launchers_symbols_with_products_in_flight(variants):
+@pytest.mark.parametrize("fp8", [False, True])
+def test_kernels_compile_to_the_launchers_symbols_with_products_in_flight(fp8):
     from step_kernels.cuda import driver
 
+    variants = [variant for variant in VARIANTS if variant.fp8 == fp8]
     cubin, report = driver.build.compile_with_nvcc(variants[0].kernel.source, "90a")
     symbols = {symbol.decode() for symbol in re.findall(rb"\.text\.(\w+)\0", cubin)}
-    split = {launcher.SPLIT.symbol} if variants[0].fp8 else set()
+    split = {launcher.SPLIT.symbol} if fp8 else set()
     assert symbols == {variant.kernel.symbol for variant in variants} | split
     assert "serialized" not in report  # ptxas' word where it makes every wgmma wait for the one before
     assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
@@ -67,15 +69,16 @@ def launched(monkeypatch):
     """What each launch was given, on the CPU: tokens of the variant, blocks, arguments."""
     calls = []
 
-    def launch(tokens):
-        return lambda grid, block, *args: calls.append((tokens, grid[0], args))
+    def launch(variant):
+        name = f"swiglu {variant.tokens}" if variant.paired else variant.tokens
+        return lambda grid, block, *args: calls.append((name, grid[0], args))
 
     for variant in VARIANTS:
-        monkeypatch.setattr(variant.kernel, "launch", launch(variant.tokens))
+        monkeypatch.setattr(variant.kernel, "launch", launch(variant))
     monkeypatch.setattr(launcher.SPLIT, "launch", lambda grid, block, *args: calls.append(("split", grid[0], args)))
     monkeypatch.setattr(launcher, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(launcher, "parts", lambda device: torch.zeros(132, 8192, dtype=torch.int32))
-    monkeypatch.setattr(launcher, "tensor_map", lambda *layout: (*layout, *[0] * 8))
+    monkeypatch.setattr(launcher, "tensor_map", lambda *layout: (*layout, *[0] * (16 - len(layout))))
     return calls
 
 
@@ -129,13 +132,53 @@ def test_a_block_a_multiprocessor_unless_there_are_fewer_units(launched):
     assert [args[2:6] for _, _, args in launched[:4]] == shapes and launched[4][2][4:8] == (3, 100, 5, 0)
 
 
+def test_swiglu_goes_to_the_paired_variants_with_its_limit(launched):
+    weight = torch.zeros(160, 528, dtype=BF16)
+    codes, scale = weight.to(torch.float8_e4m3fn), torch.ones(160)
+    for m, limit in ((1, None), (8, 16.0), (9, 7.0), (16, 0.5)):
+        x = torch.zeros(m, 528, dtype=BF16)
+        for out in (launcher.launch_swiglu(x, weight, limit), launcher.launch_fp8_swiglu(x, codes, scale, limit)):
+            assert out.shape == (m, 80) and out.dtype == BF16
+    calls = [call for call in launched if call[0] != "split"]
+    assert [tokens for tokens, _, _ in calls] == [f"swiglu {t}" for t in (8, 4, 8, 8, 16, 16, 16, 16)]
+    assert [args[2:7] for _, _, args in calls[:2:2]] == [(1, 160, 5, 0, torch.inf)]
+    assert [args[4:9] for _, _, args in calls[3::2]] == [(8, 160, 3, 0, 16), (9, 160, 5, 0, 7), (16, 160, 5, 0, 0.5)]
+    for (_, _, args), first in zip(calls, itertools.cycle((7, 9))):  # the weights' map is paired, that of x is not
+        assert args[first + 8] is True and args[first + 16 + 8] == 0
+    assert launcher.launch_fp8_swiglu(torch.zeros(2, 70, 528, dtype=BF16), codes, scale).shape == (2, 70, 80)
+    assert [tokens for tokens, _, _ in launched[-6::2]] == ["split"] * 3 and len(launched) == 10 + 6
+    assert launcher.launch_swiglu(torch.zeros(0, 528, dtype=BF16), weight).shape == (0, 80)
+
+
+def test_a_paired_map_goes_through_8_rows_of_gate_then_8_of_up(monkeypatch):
+    made = []
+
+    class Driver:
+        @staticmethod
+        def cuTensorMapEncodeTiled(at, dtype, rank, address, sizes, strides, box, *_):
+            made.append((list(sizes)[:rank], [1, *list(strides)[: rank - 1]], list(box)[:rank]))
+            return 0
+
+    monkeypatch.setattr(launcher, "_libcuda", lambda: Driver)
+    weight = torch.arange(48 * 64, dtype=torch.int16).view(48, 64)
+    launcher.tensor_map.__wrapped__(4096, 48, 64, 128, 2, 64, 32, True, True)
+    (sizes, strides, box), *_ = made
+    assert (sizes, box) == ([64, 8, 2, 3], [64, 8, 2, 2])
+    strides = [1] + [stride // 2 for stride in strides[1:]]  # bytes to values
+    through = weight.as_strided(sizes[::-1], strides[::-1])
+    order = [row for group in range(3) for half in (0, 24) for row in range(half + 8 * group, half + 8 * group + 8)]
+    assert torch.equal(through.reshape(48, 64), weight[order])
+    launcher.tensor_map.__wrapped__(4096, 48, 64, 128, 2, 64, 32, True)
+    assert made[1] == ([64, 48], [1, 128], [64, 32])
+
+
 def test_x_of_more_than_8_tokens_is_split_ahead_of_fp8_weights(launched):
     codes = torch.zeros(100, 1040).to(torch.float8_e4m3fn)
     launcher.launch_fp8(torch.zeros(20, 1048, dtype=BF16)[:, :1040], codes, torch.ones(100))
     (_, blocks, split), (_, _, args) = launched
     assert blocks == 23 and split[1] == 1048 and split[4:] == (20, 1040, 32)  # 20 x 9 parts of 128, 8 a block
     assert split[2].shape == (64, 1040) and split[3].shape == (9, 32)
-    assert args[1] is split[3] and args[8 + 16 :][:8] == (split[2].data_ptr(), 64, 1040, 1040, 1, 128, 32, True)
+    assert args[1] is split[3] and args[9 + 16 :][:8] == (split[2].data_ptr(), 64, 1040, 1040, 1, 128, 32, True)
 
 
 def test_rows_the_copy_engine_cannot_reach_are_copied(launched):
@@ -145,7 +188,7 @@ def test_rows_the_copy_engine_cannot_reach_are_copied(launched):
         (torch.zeros(4 * 178, dtype=BF16).view(4, 178)[:, :176], True),
     ):  # fmt: skip
         launcher.launch(x, weight)
-        address, rows, columns, stride, size, *box = launched[-1][2][6 + 16 :][:8]
+        address, rows, columns, stride, size, *box = launched[-1][2][7 + 16 :][:8]
         assert (rows, columns, size, box) == (len(x), 176, 2, [64, 8, True]) and address % 16 == 0
         assert (address != x.data_ptr()) == copied and stride == 2 * (176 if copied else x.stride(0))
 
@@ -166,6 +209,17 @@ def test_refusals_say_what_came_and_what_is_taken():
     x, codes = torch.zeros(2, 72, dtype=BF16), weight.to(torch.float8_e4m3fn)
     assert launcher.refuse_fp8(x, codes, torch.ones(64)).startswith("takes rows at multiples of 16 bytes, got k = 72")
     assert launcher.refuse_fp8(x[:, :64].expand(2, 64), torch.zeros(64, 64).to(codes.dtype), torch.ones(64)) is None
+
+
+def test_swiglu_refuses_what_does_not_pair_in_8_rows_and_what_cublas_does_faster():
+    weight, most = torch.zeros(72, 64, dtype=BF16), launcher.FAST_SWIGLU_TOKENS
+    x, (codes, scale) = torch.zeros(most + 1, 64, dtype=BF16), (weight.to(torch.float8_e4m3fn), torch.ones(72))
+    assert launcher.refuse_swiglu(x[:most], weight[:64]) is None
+    assert launcher.refuse_swiglu(x, weight[:64]) == f"is the faster up to {most} tokens, got {most + 1}"
+    assert launcher.refuse_fp8_swiglu(x, codes[:64], scale[:64]) is None
+    odd = "takes gate and up of 8 rows or a multiple, got 36"
+    assert launcher.refuse_swiglu(x[:1], weight) == odd and launcher.refuse_fp8_swiglu(x, codes, scale) == odd
+    assert launcher.refuse_swiglu(x[:1].float(), weight[:64].float()).endswith("got float32 to float32")
 
 
 def test_what_cublas_does_faster_goes_there_unless_it_comes_out_in_f32_or_in_fp8():
@@ -411,10 +465,124 @@ def test_fp8_gives_the_same_bits_on_every_run_in_graphs_and_beside_bf16(m):
 
 
 @gpu
-def test_many_tokens_of_fp8_go_to_torch_in_bf16():
-    (codes, scale), x = quantized(256, 512), random(100, 512)
+def test_more_than_256_tokens_of_fp8_go_to_torch_in_bf16():
+    (codes, scale), x = quantized(256, 512), random(257, 512)
+    assert registry.table("fp8_linear", x[:256], codes, scale).splitlines()[1].split() == ["cuda", "serves"]
     assert registry.table("fp8_linear", x, codes, scale).splitlines()[-1].split() == ["reference", "serves"]
     wanted = sk.fp8_linear.reference(x.double(), codes, scale)
     assert relative_error(sk.fp8_linear(x, codes, scale), wanted) < 2**-8
     assert relative_error(sk.fp8_linear(x, codes, scale, torch.float32), wanted) < 1e-5
     torch.library.opcheck(torch.ops.step_kernels.fp8_linear.default, (x[:3], codes, scale), test_utils=NO_SCHEMA_TEST)
+
+
+def both(kind: str, n: int, k: int, whole: bool = False):
+    """The kernel behind linear_swiglu or fp8_linear_swiglu, with NaN where its output will be, and their reference with
+    the kernels that serve it, both as functions of x and limit; `whole`: small integers, whose sums are exact."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    weight = torch.randint(-1, 2, (n, k), device="cuda", generator=generator).bfloat16() if whole else random(n, k)
+    scale = torch.exp2(torch.randint(-2, 3, (n,), device="cuda", generator=generator).float())
+    scale, codes = scale if whole else scale * k**-0.5, weight.to(torch.float8_e4m3fn)
+    weight *= 1 if whole else k**-0.5
+
+    def kernel(x, limit):
+        torch.full((x[..., 0].numel() * n,), 255, dtype=torch.uint8, device="cuda")
+        if kind == "fp8":
+            return launcher.launch_fp8_swiglu(x, codes, scale, limit)
+        return launcher.launch_swiglu(x, weight, limit)
+
+    def reference(x, limit):
+        if kind == "fp8":
+            return sk.fp8_linear_swiglu.reference(x, codes, scale, limit)
+        return sk.linear_swiglu.reference(x, weight.to(x.dtype), limit)
+
+    return kernel, reference
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("n, k", [(2560, 4096), (22528, 4096), (1040, 1040), (16, 16), (208, 12288), (48, 272)])
+def test_swiglu_has_the_bits_of_linear_and_swiglu_one_after_the_other(kind, n, k):
+    kernel, reference = both(kind, n, k, whole=True)
+    for m in (1, 2, 4, 5, 8, 9, 16) + (17, 32, 33, 64) * (kind == "fp8"):
+        x = torch.randint(-1, 2, (m, k), generator=torch.Generator().manual_seed(m)).bfloat16().cuda() * 2**-5
+        for limit in (None, 16.0, 0.75):
+            out, wanted = kernel(x, limit), reference(x, limit)
+            assert out.shape == (m, n // 2) and torch.equal(out, wanted), (
+                f"m = {m}, limit = {limit}: {int((out != wanted).sum())} of {out.numel()} differ, "
+                f"the first at {(out != wanted).nonzero()[:1].tolist()}"
+            )
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("n, k", [(2560, 4096), (22528, 4096), (1040, 1040)])
+def test_swiglu_errs_no_more_than_the_two_ops(kind, n, k):
+    kernel, reference = both(kind, n, k)
+    for m in (1, 3, 7, 8, 12, 16) + (30, 64) * (kind == "fp8"):
+        x = random(m, k, seed=m)
+        for limit in (None, 1.0):
+            try:
+                assert_close_to_reference(lambda x: kernel(x, limit), lambda x: reference(x, limit), x)  # noqa: B023
+            except AssertionError as error:
+                raise AssertionError(f"m = {m}, limit = {limit}: {error}") from None
+
+
+@gpu
+@pytest.mark.parametrize("kind, m", [("bf16", 1), ("bf16", 8), ("bf16", 15), ("fp8", 1), ("fp8", 8), ("fp8", 40)])
+def test_nan_and_infinite_rows_spoil_no_other_row_of_swiglu(kind, m):
+    x = random(m + 1, 4096)
+    kernel, _ = both(kind, 304, 4096)
+    clean = kernel(x, 7.0)
+    for bad in (torch.nan, torch.inf):
+        x[1, 700] = bad
+        out = kernel(x, 7.0)
+        assert torch.equal(out[[0, *range(2, m + 1)]], clean[[0, *range(2, m + 1)]])
+        assert out[1].isnan().all() or bad == torch.inf
+
+
+@gpu
+def test_swiglu_of_strided_rows_and_of_a_part_of_a_merged_weight_gives_what_copies_give():
+    merged, x = random(700, 264, seed=1), random(6, 280)
+    for weight in (merged[100:420, :176], merged[64:576, 88:], merged[:640:2, :256]):
+        k = weight.shape[1]
+        for view in (x[::2, :k], x[:, 1 : k + 1]):
+            out = launcher.launch_swiglu(view, weight, 1.0)
+            assert torch.equal(out, launcher.launch_swiglu(view.contiguous(), weight.contiguous(), 1.0))
+
+
+@gpu
+@pytest.mark.parametrize("m", [1, 8, 12, 16])
+def test_a_gated_mlp_gives_the_same_bits_on_every_run_and_in_graphs(m):
+    gate_up, down, x = random(2560, 4096, seed=1) / 64, random(4096, 1280, seed=2) / 32, random(m, 4096)
+    codes, scale = quantized(2560, 4096)
+
+    def chain():
+        first = launcher.launch(launcher.launch_swiglu(x, gate_up, 16.0), down)
+        return first, launcher.launch(launcher.launch_fp8_swiglu(first, codes, scale), down)
+
+    wanted = chain()
+    for _ in range(50):
+        assert all(map(torch.equal, chain(), wanted))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain()
+    for seed in (0, 1, 2):
+        x.copy_(random(m, 4096, seed=seed))
+        graph.replay()
+        assert all(map(torch.equal, out, chain()))
+    assert (launcher.parts(x.device) == -1).all()
+
+
+@gpu
+def test_swiglu_ops_on_the_gpu_keep_the_rules_of_torch_library_and_leave_many_tokens_to_two_ops():
+    weight, x = random(96, 64), random(100, 64)
+    codes, scale = weight.to(torch.float8_e4m3fn), torch.rand(96, device="cuda")
+    assert registry.table("linear_swiglu", x[:3], weight).splitlines()[1].split() == ["cuda", "serves"]
+    assert registry.table("linear_swiglu", x, weight).splitlines()[-1].split() == ["reference", "serves"]
+    assert torch.equal(sk.linear_swiglu(x, weight, 1.0), sk.swiglu(sk.linear(x, weight), 1.0))
+    torch.library.opcheck(torch.ops.step_kernels.linear_swiglu.default, (x[:3], weight, 1.0))
+    fp8_op, arguments = torch.ops.step_kernels.fp8_linear_swiglu.default, (x[:3], codes, scale, 1.0)
+    torch.library.opcheck(fp8_op, arguments, test_utils=NO_SCHEMA_TEST)
+    assert registry.table("fp8_linear_swiglu", x, codes, scale).splitlines()[1].split() == ["cuda", "serves"]
+    split = torch.cat([launcher.launch_fp8_swiglu(part, codes, scale) for part in x.split(64)])
+    assert torch.equal(sk.fp8_linear_swiglu(x, codes, scale), split)

@@ -1,4 +1,4 @@
-"""linear: hand-worked and looped products, output types, shapes, compile, opcheck, errors."""
+"""linear, in FP8 too, and SwiGLU of both: hand-worked and looped products, types, shapes, compile, opcheck, errors."""
 
 from __future__ import annotations
 
@@ -109,3 +109,49 @@ def test_fp8_op_keeps_the_rules_of_torch_library_and_compiles_whole():
     torch.library.opcheck(torch.ops.step_kernels.fp8_linear.default, arguments, test_utils=NO_SCHEMA_TEST)
     compiled = torch.compile(lambda *a: sk.fp8_linear(*a) + 1, fullgraph=True)
     assert torch.equal(compiled(*arguments), sk.fp8_linear(*arguments) + 1)
+
+
+def test_swiglu_of_a_hand_worked_product_takes_gate_from_the_first_half_of_the_rows():
+    x, weight = torch.tensor([[0.0, 1], [1, -2]]), torch.tensor([[1.0, 0], [0, 30], [2, 0], [0, -1]])
+    codes, scale = weight.to(torch.float8_e4m3fn), torch.tensor([1, 0.5, 2, 1])
+    # gates 0, 30 and 1, -60, ups 0, -1 and 2, 2; in FP8 gates 0, 15 and 1, -30, ups 0, -1 and 4, 2; silu(1) is 0.731059
+    for out, wanted in (
+        (sk.linear_swiglu(x, weight), [[0, -30], [1.462117, 0]]),
+        (sk.linear_swiglu(x, weight, 0.5), [[0, -0.25], [0.25, 0]]),
+        (sk.fp8_linear_swiglu(x, codes, scale), [[0, -15], [2.924234, 0]]),
+        (sk.fp8_linear_swiglu(x, codes, scale, 0.9), [[0, -0.81], [0.731059 * 0.9, 0]]),
+    ):
+        assert torch.allclose(out, torch.tensor(wanted), atol=1e-5)
+
+
+def test_swiglu_is_of_the_product_as_linear_rounds_it():
+    weight, x = torch.randn(14, 64).bfloat16(), torch.randn(2, 3, 64).bfloat16()
+    codes, scale = weight.to(torch.float8_e4m3fn), torch.rand(14)
+    for limit in (None, 1.5):
+        assert torch.equal(sk.linear_swiglu(x, weight, limit), sk.swiglu(sk.linear(x, weight), limit))
+        both = sk.swiglu(sk.fp8_linear(x, codes, scale), limit)
+        assert torch.equal(sk.fp8_linear_swiglu(x, codes, scale, limit), both)
+    wide = sk.swiglu(sk.linear(x, weight, torch.float32), 1.5).bfloat16()
+    assert not torch.equal(sk.linear_swiglu(x, weight, 1.5), wide)
+    assert sk.linear_swiglu(x[:, :0], weight).shape == (2, 0, 7)
+
+
+def test_swiglu_errors_name_the_argument():
+    x, weight = torch.zeros(2, 8), torch.zeros(5, 8)
+    with pytest.raises(ValueError, match="weight: got 5 rows, wanted as many of gate as of up"):
+        sk.linear_swiglu(x, weight)
+    with pytest.raises(ValueError, match="codes: got 5 rows, wanted as many of gate as of up"):
+        sk.fp8_linear_swiglu(x, weight.to(torch.float8_e4m3fn), torch.ones(5))
+    with pytest.raises(ValueError, match="limit: got -1.0, wanted a positive number"):
+        sk.linear_swiglu(x, weight[:4], -1.0)
+    with pytest.raises(ValueError, match=re.escape("x: got shape [2, 6], wanted [..., 8]")):
+        sk.linear_swiglu(x[:, :6], weight[:4])
+
+
+def test_swiglu_ops_keep_the_rules_of_torch_library_and_compile_whole():
+    x, weight = torch.randn(2, 3, 16).bfloat16(), torch.randn(4, 16).bfloat16()
+    torch.library.opcheck(torch.ops.step_kernels.linear_swiglu.default, (x, weight, 1.0))
+    fp8 = (x, weight.to(torch.float8_e4m3fn), torch.rand(4), 1.0)
+    torch.library.opcheck(torch.ops.step_kernels.fp8_linear_swiglu.default, fp8, test_utils=NO_SCHEMA_TEST)
+    compiled = torch.compile(lambda *a: sk.linear_swiglu(a[0], weight, 1.0) + sk.fp8_linear_swiglu(*a), fullgraph=True)
+    assert torch.equal(compiled(*fp8), sk.linear_swiglu(x, weight, 1.0) + sk.fp8_linear_swiglu(*fp8))

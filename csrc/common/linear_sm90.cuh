@@ -14,23 +14,27 @@
 //   kMath                    threads that multiply, the first of the block's; kFetcher asks for weights, kFetcherX for x
 //   kConverters              threads that x passes through before it is multiplied, or 0
 //   kScaled                  whether rows have a scale
+//   kPaired                  whether the first half of the rows is gate, the second up, and out their SwiGLU
 //   kAtOnce                  others' parts asked for together
 //   copy_weights(maps, stage, row, unit, barrier), copy_x(maps, problem, stage, unit, barrier)
 #pragma once
 #include "common/nvfp4_sm90_decode.cuh"
+#include "common/swiglu.cuh"
 
 struct alignas(64) TensorMap {
   char bytes[128];
 };
 struct Maps {
-  TensorMap weight;  // [n, k] in boxes of kRows x 128 bytes, swizzled by these, zeros outside
+  TensorMap weight;  // [n, k] in boxes of kRows x 128 bytes, swizzled by these, zeros outside; with kPaired
+                     // [n / 16, 2, 8, k], 8 rows of gate, 8 of up and so on: a thread has the sums of both
   TensorMap x;       // [m, k] in boxes of as many tokens as fit, zeros outside
 };
 
 struct Problem {
-  int m, n, units;     // units: of a row
+  int m, n, units;     // n: rows of the weight, units: of 64 k or more of these
   bool wide;           // out is f32, not bf16
-  void* out;           // [m, n]
+  float limit;         // of SwiGLU
+  void* out;           // [m, n], with SwiGLU [m, n / 2]
   float4* partial;     // [blocks, kColumns / 8, kMath], absent before and after
   const float* scale;  // [n] or null
   const float* factor;  // of x where it comes converted, or null
@@ -52,6 +56,15 @@ __device__ inline void arrive(u32 barrier) {
 __device__ inline void copy_box(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+template <class T>
+__device__ inline void copy_weight_box(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
+  if constexpr (T::kPaired)
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %3, %4}], [%5];"
+                 ::"r"(to), "l"(map), "r"(column), "r"(0), "r"(row * (T::kRows / 16)), "r"(barrier) : "memory");
+  else copy_box(to, map, column, row * T::kRows, barrier);
 }
 
 // ---- products ----
@@ -184,10 +197,46 @@ __device__ inline int thread_anew() {
   return thread;
 }
 
-// The end of a row, or of the block's share of it. Thread (group, warp, g, t) has rows 64 * group + 16 * warp + g and
-// that + 8 of tokens 8 j + 2 t and the next in d[4 j ..].
+// The rows of the weight that thread (group, warp, g, t) sums up for a token.
+struct Pair {
+  int first, second;
+};
 template <class T>
-__device__ inline void finish(float (&d)[T::kColumns / 2], const Problem& problem, const Line& line, int row) {
+__device__ inline Pair rows_of(const Problem& problem, int row, int thread) {
+  const int warp = thread / 32, g = thread % 32 / 4;  // a warpgroup has 64 rows
+  const int first = T::kPaired ? row * (T::kRows / 2) + warp * 8 + g : row * T::kRows + warp * 16 + g;
+  return {first, first + (T::kPaired ? problem.n / 2 : 8)};
+}
+
+struct Scales {
+  float first, second;
+};
+__device__ inline float load_scale(const float* from) {  // here, not where the compiler would like it
+  float scale;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(scale) : "l"(from));
+  return scale;
+}
+// Of the thread's rows. They come from memory, so they are asked for before the row's products, not after the last.
+template <class T>
+__device__ inline Scales scales_of(const Problem& problem, int row) {
+  if (!T::kScaled) return {1.0f, 1.0f};
+  const Pair rows = rows_of<T>(problem, row, static_cast<int>(threadIdx.x));
+  return {load_scale(problem.scale + min(rows.first, problem.n - 1)),
+          load_scale(problem.scale + min(rows.second, problem.n - 1))};
+}
+
+__device__ inline float rounded(float x) { return __uint_as_float(static_cast<u32>(to_bf16(x)) << 16); }
+
+__device__ inline void store(const Problem& problem, i64 at, float sum) {
+  if (problem.wide) static_cast<float*>(problem.out)[at] = sum;
+  else static_cast<u16*>(problem.out)[at] = to_bf16(sum);
+}
+
+// The end of a row, or of the block's share of it. Thread (group, warp, g, t) has two rows of tokens 8 j + 2 t and the
+// next in d[4 j ..], the first row's two first. SwiGLU is of products rounded to bf16, as linear and swiglu make it.
+template <class T>
+__device__ inline void finish(float (&d)[T::kColumns / 2], const Problem& problem, const Line& line, int row,
+                              const Scales& scales) {
   const int thread = thread_anew(), token0 = thread % 4 * 2;
   const int row_begin = row * line.units, row_end = row_begin + line.units;
   const auto slot = [&](int block, int i) {
@@ -220,19 +269,20 @@ __device__ inline void finish(float (&d)[T::kColumns / 2], const Problem& proble
         *slot(other + q, i) = make_float4(none, none, none, none);
       }
   }
-  const int row0 = row * T::kRows + thread / 32 * 16 + thread % 32 / 4;  // a warpgroup has 64 rows
+  const Pair rows = rows_of<T>(problem, row, thread);
 #pragma unroll
-  for (int r = 0; r < 16; r += 8) {
-    if (row0 + r >= problem.n) continue;
-    const float scale = T::kScaled ? __ldg(problem.scale + row0 + r) : 1.0f;
-#pragma unroll
-    for (int i = r / 4; i < T::kColumns / 2; i += i % 2 ? 3 : 1) {
-      const int token = token0 + i / 4 * 8 + i % 2;
-      if (token >= problem.m) continue;
-      const i64 at = static_cast<i64>(token) * problem.n + row0 + r;
-      const float sum = T::kScaled ? d[i] * scale : d[i];
-      if (problem.wide) static_cast<float*>(problem.out)[at] = sum;
-      else static_cast<u16*>(problem.out)[at] = to_bf16(sum);
+  for (int i = 0; i < T::kColumns / 4; ++i) {
+    const int token = token0 + i / 2 * 8 + i % 2;
+    if (token >= problem.m) continue;
+    const float a = d[i / 2 * 4 + i % 2] * scales.first, b = d[i / 2 * 4 + i % 2 + 2] * scales.second;
+    if constexpr (T::kPaired) {
+      if (rows.first >= problem.n / 2) continue;
+      u16* to = static_cast<u16*>(problem.out) + static_cast<i64>(token) * (problem.n / 2);
+      to[rows.first] = to_bf16(swiglu(rounded(a), rounded(b), problem.limit));
+    } else {
+      const i64 at = static_cast<i64>(token) * problem.n;
+      if (rows.first < problem.n) store(problem, at + rows.first, a);
+      if (rows.second < problem.n) store(problem, at + rows.second, b);
     }
   }
 }

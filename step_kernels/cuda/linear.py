@@ -1,9 +1,11 @@
-"""x times a bf16 or e4m3 weight for up to 64 tokens: csrc/sm90_linear.cu, csrc/sm90_fp8_linear.cu."""
+"""x times a bf16 or e4m3 weight for up to 64 tokens, SwiGLU of it: csrc/sm90_linear.cu, csrc/sm90_fp8_linear.cu."""
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,28 +17,33 @@ MOST_TOKENS = 64
 # More go to cuBLAS in bf16, faster on an H200: at 64 tokens a decode step of 6 layers took 2.81 ms here, 2.72 there.
 # f32 outputs, which are the vocabulary's, stay: 64 tokens take 267 us, cuBLAS 293.
 FAST_TOKENS = 8
+# Of the same with SwiGLU, which costs a kernel behind cuBLAS: norm, gate and up, down of the share expert take 19.4 us
+# at 16 tokens, as two ops 20.3, and 22.3 at 32, as two ops 20.7.
+FAST_SWIGLU_TOKENS = 16
 # More are taken by 64s in FP8: a time of 25 to 40 us, where to expand 10304x4096 and multiply it by cuBLAS takes 154.
 MOST_FP8_TOKENS = 256
 MOST_SUMS = 64 * 192  # that a block may leave to another
-_PARAMETERS = "PPiiii" + 32 * "q"  # the tensor maps are one parameter, of which the driver takes the first q's address
+_PARAMETERS = "PPiiiif" + 32 * "q"  # the tensor maps are one parameter, of which the driver takes the first q's address
 _ABSENT = -1  # no sum has these bits
 _SPARE = 2  # sets of parts kept for streams that first compute while they are captured
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel for up to `tokens`; a block takes units of rows x unit_k and has `stages` of them in flight."""
+    """A kernel for up to `tokens`; a block takes units of rows x unit_k and has `stages` of them in flight. `paired`:
+    half of a block's rows are gate's, half up's, and SwiGLU of their products comes out."""
 
     tokens: int
     rows: int
     unit_k: int
     stages: int
     fp8: bool = False
+    paired: bool = False
 
     @functools.cached_property
     def kernel(self) -> Kernel:
         source = "sm90_fp8_linear" if self.fp8 else "sm90_linear"
-        name = f"{source}_t{self.tokens}" if self.fp8 else f"{source}_t{self.tokens}_{self.stages}"
+        name = f"{source}{'_swiglu' * self.paired}_t{self.tokens}{'' if self.fp8 else f'_{self.stages}'}"
         parameters = "PP" * self.fp8 + _PARAMETERS
         return Kernel(source, name, parameters, self.shared_bytes, dependent=True)
 
@@ -65,6 +72,11 @@ FP8 = (
 # The share expert's weights, 10 and 21 MB, are multiplied beside the routed experts', whose blocks want half of a
 # multiprocessor's shared memory.
 BESIDE, BESIDE_BYTES = Variant(8, 64, 128, 6), 32 << 20
+SWIGLU = {
+    variant: dataclasses.replace(variant, paired=True)
+    for variant in (BESIDE, *BF16, *FP8)
+    if variant.fp8 or variant.tokens <= FAST_SWIGLU_TOKENS
+}
 SPLIT = Kernel("sm90_fp8_linear", "sm90_fp8_linear_split", "PqPPiii", dependent=True)
 
 
@@ -91,39 +103,74 @@ def refuse_fp8(x: Tensor, codes: Tensor, scale: Tensor, out_dtype: torch.dtype |
     return cannot(x, codes, out_dtype, MOST_FP8_TOKENS)
 
 
+def refuse_swiglu(x: Tensor, weight: Tensor, limit: float | None = None) -> str | None:
+    """Why the kernel does not take linear_swiglu's arguments or leaves them to cuBLAS, or None."""
+    tokens = x.numel() // max(1, x.shape[-1])
+    if tokens > FAST_SWIGLU_TOKENS:
+        return f"is the faster up to {FAST_SWIGLU_TOKENS} tokens, got {tokens}"
+    return _cannot_pair(weight) or cannot(x, weight)
+
+
+def refuse_fp8_swiglu(x: Tensor, codes: Tensor, scale: Tensor, limit: float | None = None) -> str | None:
+    """Why the kernel does not take fp8_linear_swiglu's arguments, or None."""
+    return _cannot_pair(codes) or refuse_fp8(x, codes, scale)
+
+
+def _cannot_pair(weight: Tensor) -> str | None:
+    if weight.shape[0] % 16:
+        return f"takes gate and up of 8 rows or a multiple, got {weight.shape[0] // 2}"
+
+
 def launch(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """bf16 [..., k] of up to 64 rows, bf16 [n, k] -> bf16 or f32 [..., n]; k a multiple of 8."""
     return _launch(BF16, x, weight, (), out_dtype)
 
 
+def launch_swiglu(x: Tensor, weight: Tensor, limit: float | None = None) -> Tensor:
+    """bf16 [..., k] of up to 64 rows, bf16 [2n, k], gate first -> bf16 [..., n]; k and n multiples of 8."""
+    return _launch(BF16, x, weight, (), None, (limit,))
+
+
 def launch_fp8(x: Tensor, codes: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """bf16 [..., k], e4m3 [n, k], f32 [n] -> bf16 or f32 [..., n]; k a multiple of 16."""
+    return _launch_fp8(x, codes, scale, out_dtype)
+
+
+def launch_fp8_swiglu(x: Tensor, codes: Tensor, scale: Tensor, limit: float | None = None) -> Tensor:
+    """bf16 [..., k], e4m3 [2n, k], f32 [2n], gate first -> bf16 [..., n]; k a multiple of 16, n of 8."""
+    return _launch_fp8(x, codes, scale, None, (limit,))
+
+
+def _launch_fp8(x, codes, scale, *options) -> Tensor:
     scale, rows = scale.contiguous(), x.reshape(-1, x.shape[-1])
     if len(rows) <= MOST_TOKENS:
-        return _launch(FP8, x, codes, (scale,), out_dtype)
-    parts = [_launch(FP8, part, codes, (scale,), out_dtype) for part in rows.split(MOST_TOKENS)]
+        return _launch(FP8, x, codes, (scale,), *options)
+    parts = [_launch(FP8, part, codes, (scale,), *options) for part in rows.split(MOST_TOKENS)]
     return torch.cat(parts).view(*x.shape[:-1], -1)
 
 
-def _launch(variants, x, weight, scale, out_dtype) -> Tensor:
+def _launch(variants, x, weight, scale, out_dtype, swiglu=()) -> Tensor:
+    """`swiglu` is empty for the product itself, (limit,) for SwiGLU of its halves."""
     n, k = weight.shape
-    out = x.new_empty(*x.shape[:-1], n, dtype=out_dtype or x.dtype)
+    out = x.new_empty(*x.shape[:-1], n // 2 if swiglu else n, dtype=out_dtype or x.dtype)
     if out.numel() == 0 or k == 0:
         return out.zero_()
     x = x.reshape(-1, k)
     x = x if _copyable(x) else x.clone(memory_format=torch.contiguous_format)
     variant = next(v for v in variants if v.tokens >= len(x))
     variant = BESIDE if variant is BF16[0] and weight.nbytes <= BESIDE_BYTES else variant
+    variant = SWIGLU[variant] if swiglu else variant
     units = -(-k // variant.unit_k)  # of a row of them
     blocks = min(multiprocessors(x.device.index), -(-n // variant.rows) * units)
-    shape, x_columns, swizzled, factor = (len(x), n, units, int(out.dtype == torch.float32)), 64, True, ()
+    limit = swiglu[0] if swiglu and swiglu[0] is not None else math.inf
+    shape, x_columns, swizzled, factor = (len(x), n, units, int(out.dtype == torch.float32), limit), 64, True, ()
     if variant.split:
         x, *factor = _split(x, variant.tokens)
         x_columns = 128
     elif variant.fp8:  # x to be split is not swizzled
         x_columns, swizzled, factor = variant.unit_k, False, (0,)
     maps = (
-        *tensor_map(*_layout(weight), 128 // weight.itemsize, variant.rows, True),
+        *tensor_map(*_layout(weight), 128 // weight.itemsize, variant.rows, True, variant.paired),
         *tensor_map(*_layout(x), x_columns, variant.tokens, swizzled),
     )
     variant.kernel.launch((blocks, 1, 1), variant.threads, *scale, *factor, out, parts(x.device), *shape, *maps)
@@ -178,17 +225,22 @@ def _layout(x: Tensor) -> tuple[int, int, int, int, int]:
 
 @functools.lru_cache(4096)
 def tensor_map(
-    address: int, rows: int, columns: int, stride: int, itemsize: int, box_columns: int, box_rows: int, swizzled: bool
-) -> tuple[int, ...]:
-    """How the copy engine goes through [rows, columns] of bf16 or bytes, `stride` bytes a row: zeros outside."""
+    address: int, rows: int, columns: int, stride: int, itemsize: int, box_columns: int, box_rows: int, swizzled: bool,
+    paired: bool = False,
+) -> tuple[int, ...]:  # fmt: skip
+    """How the copy engine goes through [rows, columns] of bf16 or bytes, `stride` bytes a row: zeros outside. `paired`:
+    as [rows / 16, 2, 8, columns], 8 rows of the first half and 8 of the second in turn."""
     buffer = (ctypes.c_uint64 * 24)()
     at = -(-ctypes.addressof(buffer) // 64) * 64  # the driver takes maps at multiples of 64 bytes alone
-    sizes, strides = (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(stride)
-    box, steps = (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1)
+    sizes, strides, box = (columns, rows), (stride,), (box_columns, box_rows)
+    if paired:
+        sizes, strides = (columns, 8, 2, rows // 16), (stride, rows // 2 * stride, 8 * stride)
+        box = (box_columns, 8, 2, box_rows // 16)
     dtype, swizzle = {1: 0, 2: 9}[itemsize], 3 if swizzled else 0  # values of cuda.h's enums: by 128 bytes
     plain, promote_256, zeros = 0, 3, 0
     error = _libcuda().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(at), dtype, 2, ctypes.c_void_p(address), sizes, strides, box, steps, plain, swizzle,
+        ctypes.c_void_p(at), dtype, len(sizes), ctypes.c_void_p(address), (ctypes.c_uint64 * 4)(*sizes),
+        (ctypes.c_uint64 * 4)(*strides), (ctypes.c_uint32 * 4)(*box), (ctypes.c_uint32 * 4)(1, 1, 1, 1), plain, swizzle,
         promote_256, zeros,
     )  # fmt: skip
     if error:

@@ -67,11 +67,15 @@ class Linears:
             out += [y] if count == 1 else [part[..., :n] for part, n in zip(y.split(stored, -1), wanted)]
         return out
 
+    @property
+    def whole(self):
+        """The weight that has all rows and no others, or None."""
+        weight = self.weights[0]
+        return weight if len(self.groups) == 1 and weight.shape[0] == sum(self.rows) else None
+
     def joined(self, x: Tensor) -> Tensor:
         """x [..., k] -> the outputs side by side."""
-        if len(self.groups) == 1 and self.weights[0].shape[0] == sum(self.rows):
-            return linear(x, self.weights[0])
-        return torch.cat(self(x), -1)
+        return torch.cat(self(x), -1) if self.whole is None else linear(x, self.whole)
 
 
 def _kind(weight):
@@ -107,7 +111,14 @@ class MLP:
         self.limit = limit
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(swiglu(self.gate_up.joined(x), self.limit), self.down)
+        weight = self.gate_up.whole
+        if isinstance(weight, Tensor):
+            inner = ops.linear_swiglu(x, weight, self.limit)
+        elif isinstance(weight, FP8Channels):
+            inner = ops.fp8_linear_swiglu(x, weight.codes, weight.scale, self.limit)
+        else:
+            inner = swiglu(self.gate_up.joined(x), self.limit)
+        return linear(inner, self.down)
 
 
 def inverse_frequencies(layer: LayerConfig, device: torch.device) -> Tensor:

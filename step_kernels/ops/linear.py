@@ -1,4 +1,4 @@
-"""x times the transpose of a plain weight, or of one in FP8 with a scale a row."""
+"""x times the transpose of a plain weight, or of one in FP8 with a scale a row, and SwiGLU of that product."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import Kernel, define, expect, lazy
-from .swiglu import FLOATS
+from .swiglu import FLOATS, check_limit, swiglu
 
 _CUDA = "cuda.linear"
 
@@ -25,6 +25,22 @@ def _check_fp8(x, codes, scale, out_dtype=None):
     _check_type(out_dtype)
 
 
+def _check_swiglu(x, weight, limit=None):
+    _check(x, weight)
+    _check_halves("weight", weight, limit)
+
+
+def _check_fp8_swiglu(x, codes, scale, limit=None):
+    _check_fp8(x, codes, scale)
+    _check_halves("codes", codes, limit)
+
+
+def _check_halves(name, weight, limit):
+    if weight.shape[0] % 2:
+        raise ValueError(f"{name}: got {weight.shape[0]} rows, wanted as many of gate as of up")
+    check_limit(limit)
+
+
 def _check_type(out_dtype):
     if out_dtype not in (None, *FLOATS):
         raise TypeError(f"out_dtype: got {out_dtype}, wanted a floating-point type of torch")
@@ -36,6 +52,14 @@ def _fake(x, weight, out_dtype=None):
 
 def _fake_fp8(x, codes, scale, out_dtype=None):
     return _fake(x, codes, out_dtype)
+
+
+def _fake_swiglu(x, weight, limit=None):
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
+
+
+def _fake_fp8_swiglu(x, codes, scale, limit=None):
+    return _fake_swiglu(x, codes)
 
 
 def _wide(x: Tensor, weight: Tensor) -> Tensor:
@@ -74,3 +98,35 @@ def fp8_linear(x: Tensor, codes: Tensor, scale: Tensor, out_dtype: torch.dtype |
     """
     product = _wide(x, codes)
     return torch.mul(product, scale.to(product.dtype), out=product.new_empty(product.shape, dtype=out_dtype or x.dtype))
+
+
+@define(
+    check=_check_swiglu,
+    fake=_fake_swiglu,
+    kernels=(
+        Kernel("cuda", lazy(f"{_CUDA}.launch_swiglu"), (90, 90), "cuda.bindings", lazy(f"{_CUDA}.refuse_swiglu")),
+    ),
+)
+def linear_swiglu(x: Tensor, weight: Tensor, limit: float | None = None) -> Tensor:
+    """[..., k], [2n, k] of one type, gate's rows first -> [..., n]: swiglu of linear.
+
+    The reference is the two ops, each with the kernel that serves it. The product is rounded to x's type before SwiGLU.
+    """
+    return swiglu(linear(x, weight), limit)
+
+
+@define(
+    check=_check_fp8_swiglu,
+    fake=_fake_fp8_swiglu,
+    kernels=(
+        Kernel(
+            "cuda", lazy(f"{_CUDA}.launch_fp8_swiglu"), (90, 90), "cuda.bindings", lazy(f"{_CUDA}.refuse_fp8_swiglu")
+        ),
+    ),
+)
+def fp8_linear_swiglu(x: Tensor, codes: Tensor, scale: Tensor, limit: float | None = None) -> Tensor:
+    """[..., k] float, e4m3 [2n, k], f32 [2n], gate's rows first -> [..., n] in x's type: swiglu of fp8_linear.
+
+    The reference is the two ops, each with the kernel that serves it. The product is rounded to x's type before SwiGLU.
+    """
+    return swiglu(fp8_linear(x, codes, scale), limit)

@@ -15,6 +15,11 @@ def _check(gate_up, limit=None):
     expect("gate_up", gate_up, (..., None), FLOATS)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: got last dimension {gate_up.shape[-1]}, wanted an even one")
+    check_limit(limit)
+
+
+def check_limit(limit):
+    """ValueError unless `limit` is one that swiglu takes."""
     if limit is not None and not limit > 0:
         raise ValueError(f"limit: got {limit}, wanted a positive number, or None for no clamp")
 
