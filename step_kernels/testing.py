@@ -62,6 +62,9 @@ def sample_arguments(op: str, dtype: torch.dtype, prepared: bool = False) -> tup
             codes, scales, kind = (*tiles, 2048), (*tiles, 256), torch.uint8
         return of(*codes, dtype=torch.uint8), of(*scales, dtype=kind), of(*outer, dtype=torch.float32)
 
+    def fp8(n: int, k: int) -> tuple[Tensor, Tensor]:
+        return of(n, k, dtype=torch.float8_e4m3fn), of(n, dtype=torch.float32)
+
     def i32(*shape: int) -> Tensor:
         return of(*shape, dtype=torch.int32)
 
@@ -80,9 +83,13 @@ def sample_arguments(op: str, dtype: torch.dtype, prepared: bool = False) -> tup
         "rms_norm": (of(tokens, hidden), of(hidden), 1e-5),
         "add_rms_norm": (of(tokens, hidden), of(tokens, hidden), of(hidden), 1e-5),
         "nvfp4_quantize": (of(tokens, hidden), scale),
+        "nvfp4_search": (of(tokens, hidden), scale, "mse"),
+        "nvfp4_error": (of(tokens, hidden), *weight(tokens, hidden)),
         "nvfp4_dequantize": (*weight(hidden, hidden), dtype),
         "linear": (of(tokens, hidden), of(8192, hidden)),
-        "fp8_linear": (of(tokens, hidden), of(8192, hidden, dtype=torch.float8_e4m3fn), of(8192, dtype=torch.float32)),
+        "linear_swiglu": (of(tokens, hidden), of(2560, hidden), 16.0),
+        "fp8_linear": (of(tokens, hidden), *fp8(8192, hidden)),
+        "fp8_linear_swiglu": (of(tokens, hidden), *fp8(2560, hidden), 16.0),
         "nvfp4_linear": (of(tokens, hidden), *weight(8192, hidden)),
         "nvfp4_moe": (of(tokens, hidden), *routing, *experts, 7.0),
         "kv_append": (q, kv, kv, *norm, frequencies, i32(tokens), i32(tokens), *cache),

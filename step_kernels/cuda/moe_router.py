@@ -14,7 +14,7 @@ from .nvfp4_prefill import TILE_K, tensor_map
 from .rms_norm import aligned
 
 MOST_TOKENS = 16384  # 8192 took 315 us on an H200, in f32 by cuBLAS and moe_topk 574
-FEWEST_OF_MANY = 1025  # 1024 take the kernels for fewer 43 us there, and less than an eighth of what many would use
+FEWEST_OF_MANY = 1537  # 1025 take 44 us by the kernels for fewer and 56 here (a gate in bf16), 2048 84 and 57
 BLOCK_EXPERTS, BLOCK_K, THREADS = 16, 512, 256
 # By the tokens of a grid's layer and by the most experts; 288 are Step's.
 SUM = {
