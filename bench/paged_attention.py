@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import step_kernels as sk
+from step_kernels.cuda import paged_attention, paged_prefill
 from step_kernels.testing import relative_error
 
 KV_HEADS, DIM, PAGE_SIZE, WINDOW = 8, 128, 64, 512
@@ -37,7 +38,7 @@ CASES |= {"63 at 2k, 1 at 256k": Case(63 * (2 * K,) + (256 * K,), 1, 64)}
 CASES |= {f"{b} at 576, window": Case(b * (WINDOW + PAGE_SIZE,), 1, 96, WINDOW) for b in (1, 16, 64)}
 DRAFTS = [(1, 4, 128), (1, 8, 128), (16, 2, 8), (16, 4, 8), (16, 8, 8)]
 CASES |= {f"{b} x {m} of {n}k, 64h": Case(b * (n * K,), m, 64) for b, m, n in DRAFTS}
-CASES |= {"16 x 4 of 576, window": Case(16 * (WINDOW + PAGE_SIZE,), 4, 96, WINDOW)}
+CASES |= {f"{b} x 4 of 576, window": Case(b * (WINDOW + PAGE_SIZE,), 4, 96, WINDOW) for b in (1, 16)}
 CASES |= {f"{m}k of {n}k, 64h": Case((n * K,), m * K, 64) for m, n in ((8, 8), (2, 32), (2, 128))}
 CASES |= {"8k of 8k, window": Case((8 * K,), 8 * K, 96, WINDOW)}
 
@@ -104,6 +105,13 @@ def _sdpa(q, k_cache, v_cache, k_scale, v_scale, block_table, seq_lens, query_st
 def contenders() -> dict:
     """The op first, then its peer."""
     return {"ours": sk.paged_attention, "sdpa of bf16": _sdpa}
+
+
+def peers(case: Case, *arguments) -> dict:
+    """The op as STEP_KERNELS_FP8_ATTENTION=1 has it, with all products in FP8, for many tokens that see all."""
+    if case.window or not paged_attention.has_many(arguments[0], KV_HEADS, len(case.lengths), case.window):
+        return {}
+    return {"all in FP8": lambda: (functools.partial(paged_prefill.launch, fp8=True), arguments)}
 
 
 def error(*arguments) -> float:

@@ -12,6 +12,7 @@
 // 2g + 1 of P's 16, and the rows that ldmatrix takes follow that order. The tensor core's sums are short, so every tile
 // of 64 keys has its own, relative to its own maximum, and tiles are added in f32.
 // A bf16 cache: the same with bf16 operands, nothing split, and values read by the matrix instruction as they lie.
+// An e4m3 cache and more than 16 queries: scores as above, then P in f16 and values expanded to it (attend_wide).
 //
 // Work is a line of tiles, row after row, a row being a request's keys for one kv head; blocks take equal shares:
 //
@@ -26,29 +27,34 @@
 #include "common/paged_sm90_decode.cuh"
 
 constexpr int kQueryWarps = 3;
+// Probabilities in f16 begin at 2^kProbabilityExponent and end at 2^16: maxima may rise by this (log2) unheeded.
+constexpr float kMostRise = 7.0f;
 
 template <int kColumns_, bool kBf16_>
 struct Shape {
   static constexpr bool kBf16 = kBf16_;  // the cache's type, else e4m3
   static constexpr int kTileBytes = kKeys * kDim * (kBf16 ? 2 : 1);  // of keys or of values
   static constexpr int kColumns = kColumns_;  // queries of a row: tokens x heads of the group, padded
+  static constexpr bool kIsWide = kColumns > 16 && !kBf16;  // values and probabilities are multiplied in f16
   static constexpr int kGroups = kColumns <= 16 ? 3 : 2;
-  static constexpr int kStages = (kColumns == 8 ? 12 : kColumns == 16 ? 11 : kColumns == 32 ? 9 : 6) / (kBf16 ? 2 : 1);
+  static constexpr int kStages =
+      kIsWide ? 10 : (kColumns == 8 ? 12 : kColumns == 16 ? 11 : 9) / (kBf16 ? 2 : 1);
   static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
   static constexpr int kPlane = kColumns * kDim;     // bytes of q's hi or lo; with bf16 both are q
-  static constexpr int kWeights = kColumns * kKeys;  // bytes of the hi or lo of a tile's probabilities
+  static constexpr int kWeights = kColumns * kKeys * (kIsWide ? 2 : 1);  // bytes of probabilities: hi or lo, or in f16
   static constexpr int kQ = kStages * 2 * kTileBytes;
   static constexpr int kP = kQ + 2 * 2 * kPlane;
-  static constexpr int kSums = kP + kGroups * 2 * kWeights;
+  static constexpr int kSums = kIsWide ? kP : kP + kGroups * 2 * kWeights;  // in the place of probabilities, if wide
   static constexpr int kMaxima = kSums + kGroups * kColumns * kPitch * 4;  // [groups][columns][4 warps]
   static constexpr int kTotals = kMaxima + kGroups * kColumns * 16;        // [groups][columns][4 warps]
   static constexpr int kHighest = kTotals + kGroups * kColumns * 16;       // [groups][columns]
   static constexpr int kFactors = kHighest + kGroups * kColumns * 4;       // [2][columns] {of scores, of outputs}
   static constexpr int kRequests = kFactors + 2 * kColumns * 8;
   static constexpr int kScan = kRequests + (kMostRequests + 2) * 16;
+  static constexpr int kShare = kMostRequests + 7;  // behind 17 words of kScan, in the 16 bytes of a request
   static constexpr int kBarriers = kScan + 128;
   static constexpr int kBytes = kBarriers + (3 * kStages + 4) * 8;
-  static_assert(kBytes + 1024 <= 227 * 1024);
+  static_assert(kBytes + 1024 <= 227 * 1024 && kGroups * 2 * kWeights <= kMaxima - kP);
 };
 
 // Sums that another block waits for; kAbsent's bits, which no sum has, until they come.
@@ -63,6 +69,28 @@ __device__ inline float2 published(const float* from) {
 }
 __device__ inline bool is_absent(float2 v) {
   return __float_as_uint(v.x) == kAbsent || __float_as_uint(v.y) == kAbsent;
+}
+
+// Two f32 as f16, and four e4m3 as two pairs of f16, exactly.
+__device__ inline u32 pair_f16(float low, float high) {
+  u32 d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+__device__ inline void expand(u32 bytes, u32& first, u32& second) {
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h; }"
+      : "=r"(first), "=r"(second)
+      : "r"(bytes));
+}
+// Meets, and says whether any of the threads came with true.
+__device__ inline bool meet_any(int id, int threads, bool mine) {
+  u32 any;
+  asm volatile(
+      "{ .reg .pred p, q; setp.ne.u32 q, %3, 0; bar.red.or.pred p, %1, %2, q; selp.u32 %0, 1, 0, p; }"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(static_cast<u32>(mine))
+      : "memory");
+  return any;
 }
 
 // ---- the work ----
@@ -144,6 +172,12 @@ struct Barriers {
 
 // ---- one warp: tiles from memory ----
 
+__device__ inline void ask_l2_for_box(const TensorMap* map, int d, int position, int head, int page) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(d), "r"(position),
+               "r"(head), "r"(page)
+               : "memory");
+}
+
 template <class S>
 __device__ inline void copy_tiles(const Attention& a, const Maps& maps, u32 shared, const int4* requests, int request,
                                   const Share& share, const Barriers<S>& barriers) {
@@ -165,6 +199,14 @@ __device__ inline void copy_tiles(const Attention& a, const Maps& maps, u32 shar
       const int page = needed ? __ldcg(pages + (key >> a.page_shift)) : 0;
       const u32 all_needed = __ballot_sync(kAllLanes, needed);
       if (is_first) {  // lengths and pages were there before the kernel just ahead, the newest keys and values were not
+        if (needed && mine < S::kStages) {  // which may change in L2 still
+          const int position = key & ((1 << a.page_shift) - 1);
+#pragma unroll
+          for (int half = 0; half < (S::kBf16 ? 2 : 1); ++half) {
+            ask_l2_for_box(&maps.k, half * 64, position, row.head, page);
+            ask_l2_for_box(&maps.v, half * 64, position, row.head, page);
+          }
+        }
         wait_for_previous_kernel();
         let_next_kernel_start();
         is_first = false;
@@ -201,7 +243,8 @@ __device__ inline void copy_tiles(const Attention& a, const Maps& maps, u32 shar
 template <class S>
 __device__ inline void split_queries(const Attention& a, u32 shared, const int4* requests, int request,
                                      const Share& share, const Barriers<S>& barriers, int warp) {
-  constexpr int kAtOnce = S::kColumns == 8 ? 3 : 6;  // a way to memory and back
+  // A way to memory and back.
+  constexpr int kAtOnce = S::kColumns == 8 ? 3 : S::kColumns == 16 ? 6 : 11;
   const int lane = threadIdx.x % 32;
   int buffer = 0;
   u32 parity = 1;
@@ -213,30 +256,32 @@ __device__ inline void split_queries(const Attention& a, u32 shared, const int4*
     const int columns = row.tokens * a.group;
     const float k_scale = S::kBf16 ? a.score_scale : __ldcg(a.k_scale + row.head * a.k_scale_head) * a.score_scale;
     const float v_scale = S::kBf16 ? 1.0f : __ldcg(a.v_scale + row.head * a.v_scale_head);
+    // A lane's column: every third, and so the warp's.
+    const int my_column = warp + lane * kQueryWarps;
+    float shut = 1.0f, my_factor = k_scale;
+    if (a.gate != nullptr && my_column < columns) {
+      const int token = my_column / a.group, head = row.head * a.group + my_column - token * a.group;
+      const u16* at = a.gate + (row.token + token) * a.gate_token + head * a.gate_head;
+      shut = __fdividef(1.0f, 1.0f + __expf(-__uint_as_float(static_cast<u32>(__ldcg(at)) << 16)));
+    }
     barrier_wait(barriers.query_empty(buffer), parity);
     const u32 planes = shared + S::kQ + buffer * 2 * S::kPlane;
-    for (int first = warp; first < S::kColumns; first += kAtOnce * kQueryWarps) {
+    for (int first = 0; first * kQueryWarps < S::kColumns; first += kAtOnce) {
       uint2 raw[kAtOnce];
-      float gate[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int c = first + i * kQueryWarps, token = c / a.group, head = row.head * a.group + c - token * a.group;
+        const int c = warp + (first + i) * kQueryWarps, token = c / a.group;
         raw[i] = make_uint2(0, 0);
-        gate[i] = 0.0f;
         if (c < columns) {
+          const int head = row.head * a.group + c - token * a.group;
           const u16* from = a.q + (row.token + token) * a.q_token + head * a.q_head;
           raw[i] = __ldcg(reinterpret_cast<const uint2*>(from) + lane);
-          if (a.gate != nullptr) {
-            const u16* at = a.gate + (row.token + token) * a.gate_token + head * a.gate_head;
-            gate[i] = __uint_as_float(static_cast<u32>(__ldcg(at)) << 16);
-          }
         }
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int c = first + i * kQueryWarps;
+        const int c = warp + (first + i) * kQueryWarps;
         if (c >= S::kColumns) break;
-        float factor = k_scale;
         if constexpr (S::kBf16) {
           const u32 to = planes + lane / 2 * (S::kColumns * 16) + c * 16 + lane % 2 * 8;
           store_shared(to, raw[i].x);
@@ -247,15 +292,13 @@ __device__ inline void split_queries(const Attention& a, u32 shared, const int4*
           const u32 to = planes + lane / 4 * (S::kColumns * 16) + c * 16 + lane % 4 * 4;
           store_shared(to, high);
           store_shared(to + S::kPlane, low);
-          factor = down * k_scale;
-        }
-        if (lane == 0) {
-          const float shut = a.gate == nullptr ? 1.0f : __fdividef(1.0f, 1.0f + __expf(-gate[i]));
-          store_shared(shared + S::kFactors + (buffer * S::kColumns + c) * 8,
-                       make_float2(factor, shut * v_scale));
+          if (lane == first + i) my_factor = down * k_scale;
         }
       }
     }
+    if (my_column < S::kColumns)
+      store_shared(shared + S::kFactors + (buffer * S::kColumns + my_column) * 8,
+                   make_float2(my_factor, shut * v_scale));
     show_to_engines();
     __syncwarp();
     if (lane == 0) barrier_arrive(barriers.query(buffer));
@@ -281,8 +324,7 @@ __device__ inline void finish(const Attention& a, const Row& row, int column, in
 // A row's end: the warpgroups' sums, which lie in shared memory, and other blocks' parts; a warp takes half a column.
 template <class S>
 __device__ inline void end_row(const Attention& a, const Row& row, const Share& share, u32 shared, int buffer) {
-  // A way to L2 and back: the parts of one request's row where 8 rows fill 132 blocks, or what registers hold.
-  constexpr int kAtOnce = S::kColumns == 64 ? 8 : 16;
+  constexpr int kAtOnce = 16;  // a way to L2 and back: the parts of one request's row where 8 rows fill 132 blocks
   constexpr int kSlot = S::kColumns * (kDim + 4);
   const int lane = threadIdx.x % 32;
   const bool is_first = row.begin >= share.begin;
@@ -352,6 +394,42 @@ __device__ inline void end_row(const Attention& a, const Row& row, const Share& 
     }
     finish(a, row, c, at, highest, total, sum, load_shared_2(shared + S::kFactors + (buffer * S::kColumns + c) * 8).y);
   }
+}
+
+// A row's end: sums of this warpgroup to shared memory, when those of the row before are used up, and on from there.
+template <class S>
+__device__ inline void leave_row(const Attention& a, const Row& row, const Share& share, u32 shared, int buffer,
+                                 float (&out)[2][S::kColumns / 2], float (&highest)[S::kColumns / 4],
+                                 float (&total)[S::kColumns / 4]) {
+  constexpr int N = S::kColumns;
+  const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int group = threadIdx.x / kWarpgroup;
+  meet(1 + S::kGroups, S::kGroups * kWarpgroup);
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    const int column = i / 2 * 8 + 2 * t + i % 2, at = group * N + column;
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) total[i] += __shfl_xor_sync(kAllLanes, total[i], step);
+    if (g == 0) {
+      store_shared(shared + S::kTotals + (at * 4 + warp) * 4, total[i]);
+      if (warp == 0) store_shared(shared + S::kHighest + at * 4, highest[i]);
+    }
+    const int n = i / 2 * 4 + i % 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32 sums = shared + S::kSums + (at * kPitch + half * 64 + warp * 16) * 4;
+      if constexpr (S::kBf16) {
+        store_shared(sums + g * 4, out[half][n]);
+        store_shared(sums + g * 4 + 32, out[half][n + 2]);
+      } else {
+        store_shared(sums + g * 8, make_float2(out[half][n], out[half][n + 2]));
+      }
+    }
+  }
+  meet(1 + S::kGroups, S::kGroups * kWarpgroup);
+  end_row<S>(a, row, share, shared, buffer);
+  // Before the next row's probabilities come to the sums' place.
+  if constexpr (S::kIsWide) meet(1 + S::kGroups, S::kGroups * kWarpgroup);
 }
 
 template <class S>
@@ -546,35 +624,226 @@ __device__ inline void attend(const Attention& a, u32 shared, const int4* reques
       }
     }
 
-    // Sums of this warpgroup to shared memory, when those of the row before are used up.
-    meet(1 + S::kGroups, S::kGroups * kWarpgroup);
-#pragma unroll
-    for (int i = 0; i < N / 4; ++i) {
-      const int column = i / 2 * 8 + 2 * t + i % 2, at = group * N + column;
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) total[i] += __shfl_xor_sync(kAllLanes, total[i], step);
-      if (g == 0) {
-        store_shared(shared + S::kTotals + (at * 4 + warp) * 4, total[i]);
-        if (warp == 0) store_shared(shared + S::kHighest + at * 4, highest[i]);
-      }
-      const int n = i / 2 * 4 + i % 2;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const u32 sums = shared + S::kSums + (at * kPitch + half * 64 + warp * 16) * 4;
-        if constexpr (S::kBf16) {
-          store_shared(sums + g * 4, out[half][n]);
-          store_shared(sums + g * 4 + 32, out[half][n + 2]);
-        } else {
-          store_shared(sums + g * 8, make_float2(out[half][n], out[half][n + 2]));
-        }
-      }
-    }
-    meet(1 + S::kGroups, S::kGroups * kWarpgroup);
-    end_row<S>(a, row, share, shared, buffer);
+    leave_row<S>(a, row, share, shared, buffer, out, highest, total);
     __syncwarp();
     if (lane == 0) barrier_arrive(barriers.query_empty(buffer));
     buffer ^= 1;
     query_parity ^= buffer == 0;
+    unit = stop;
+  }
+}
+
+// The same for more columns than 16 over e4m3, where instructions, not the memory, would take the time. Probabilities
+// and values in f16 need no splitting, their sums no adding up in f32. A maximum that a tile's own exceeds by no more
+// than kMostRise stays as it is: most tiles take a vote in place of shuffles. A tile's scores are under way before the
+// outputs of the one before.
+template <class S>
+__device__ inline void attend_wide(const Attention& a, u32 shared, const int4* requests, int request,
+                                   int begin, int end, const Barriers<S>& barriers) {
+  constexpr int N = S::kColumns, kBlocks = N / 8;  // of 8 columns; a thread has columns 8j + 2t and the next
+  using Product = Wgmma<N>;
+  const int thread = threadIdx.x % kWarpgroup, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / kWarpgroup), 0);
+
+  const int matrix = lane / 8, key_row = 16 * (matrix >> 1) + (lane & 6) + (matrix & 1) + 8 * (lane & 1);
+  u32 value_at = S::kTileBytes + key_row * kDim + ((warp ^ (key_row & 7)) << 4);
+  const u32 p_tile = shared + S::kP + group * 2 * S::kWeights;
+  // Keys g and g + 8 of 16 are where load_values has them: both in word g / 2 of the first 8 or, g odd, of the second.
+  u32 p_at = p_tile + (2 * warp + (g & 1)) * (N * 16) + 2 * t * 16 + (g & 6) * 2;
+  const u32 my_maximum = shared + S::kMaxima + group * N * 16 + 2 * t * 16 + warp * 4;
+  constexpr int kToFactors = S::kTotals - S::kMaxima;  // of sums so far, where a row's totals will be
+  keep(value_at), keep(p_at);
+
+  int slot = group, mine = begin + group, rows = 0;
+  u32 parity = 0, p_offset = 0;
+
+  for (int unit = begin; unit < end;) {
+    const Row row = row_at(a, requests, request, unit);
+    const int stop = min(end, row.begin + row.tiles);
+    const int buffer = rows & 1;
+    barrier_wait(barriers.query(buffer), rows >> 1 & 1);
+    const u32 factors = shared + S::kFactors + (buffer * N + 2 * t) * 8;
+    const u32 q_columns = uniform(describe_columns<N>(shared + S::kQ + buffer * 2 * S::kPlane));
+    float out[2][N / 2], total[N / 4];
+    float minus[N / 4];   // kProbabilityExponent - the column's maximum; 0 before it has any
+    bool is_new = true;   // some column has none
+    float s[N / 2];
+    u32 v[2][4][4];  // values in f16, [half of d][16 keys]
+    int key0;
+    u32 tile;
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+      minus[i] = 0.0f;
+      total[i] = 0.0f;
+      out[0][2 * i] = out[0][2 * i + 1] = out[1][2 * i] = out[1][2 * i + 1] = 0.0f;
+    }
+
+    // On to the next tile of which a key is seen; whether there is one. Its keys have come.
+    const auto find = [&] {
+      for (; mine < stop; mine += S::kGroups) {
+        if constexpr (S::kStages % S::kGroups != 0) barrier_wait(barriers.empty(slot), parity ^ 1);  // as in attend
+        barrier_wait(barriers.keys(slot), parity);
+        key0 = (row.first_tile + mine - row.begin) * kKeys;
+        tile = shared + slot * 2 * S::kTileBytes;
+        if (first_key(a, row.position) < key0 + kKeys && row.position + row.tokens > key0) return true;
+        barrier_wait(barriers.values(slot), parity);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(barriers.empty(slot));
+        advance<S>(slot, parity, S::kGroups);
+      }
+      return false;
+    };
+    const auto ask_scores = [&] {  // the small halves first, while the sums are small
+      const u32 keys = uniform(describe_keys(tile));
+      wgmma_fence();
+      Product::template shared<true, false>(s, keys, q_columns + (S::kPlane >> 4));
+#pragma unroll
+      for (int i = 1; i < 4; ++i)
+        Product::template shared<true, true>(s, keys + 2 * i, q_columns + (S::kPlane >> 4) + 2 * N * i);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) Product::template shared<false, true>(s, keys + 2 * i, q_columns + 2 * N * i);
+      wgmma_commit();
+    };
+    const auto ask_outputs = [&] {
+      const u32 p_columns = uniform(describe_columns<N>(p_tile + p_offset));
+      wgmma_fence();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) Product::add_f16(out[half], v[half][i], p_columns + 2 * N * i);
+      }
+      wgmma_commit();
+    };
+    const auto wait_for_outputs = [&] {
+      wgmma_wait(out[0]);
+      wgmma_wait(out[1]);
+    };
+    // Between a tile's scores and its outputs, while those of the tile before may be under way.
+    const auto weigh = [&] {
+      float top = kLowest;
+#pragma unroll
+      for (int j = 0; j < kBlocks; ++j) {
+        const float4 scales = load_shared_4(factors + j * 64);  // and those of outputs
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          float &x = s[4 * j + b], &y = s[4 * j + 2 + b];
+          x = fmaf(x, b == 0 ? scales.x : scales.z, minus[2 * j + b]);
+          y = fmaf(y, b == 0 ? scales.x : scales.z, minus[2 * j + b]);
+        }
+      }
+      // Tiles that reach beyond what the first token sees, or that the last no longer sees whole.
+      if (key0 + kKeys - 1 > row.position || key0 < row.position + row.tokens - a.window) {
+        const u32 behind = row.position - key0 - 16 * warp - g;
+        u32 column = 2 * t, columns = a.group;
+        keep(column), keep(columns);  // else tokens of columns were in registers all the time
+        const u32 part = 65535 / columns + 1;  // of 2^16
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) {
+          const u32 token = (column + 8 * (i / 4) + i % 2) * part >> 16;
+          if (behind + token - i / 2 % 2 * 8 >= static_cast<u32>(a.window))  // a key ahead is 2^32 behind
+            s[i] = -__int_as_float(0x7F800000);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) top = fmaxf(top, s[i]);
+
+      const bool has_risen = meet_any(1 + group, kWarpgroup, is_new || top > kProbabilityExponent + kMostRise);
+      if (has_risen) {
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) {
+#pragma unroll
+          for (int b = 0; b < 2; ++b) {
+            float most = fmaxf(s[4 * j + b], s[4 * j + 2 + b]);
+#pragma unroll
+            for (int step = 4; step < 32; step *= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, step));
+            if (g == 0) store_shared(my_maximum + (8 * j + b) * 16, most);
+          }
+        }
+        meet(1 + group, kWarpgroup);
+        is_new = false;
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) {
+#pragma unroll
+          for (int b = 0; b < 2; ++b) {
+            const int i = 2 * j + b;
+            const float4 tops = load_shared_4(my_maximum - warp * 4 + (8 * j + b) * 16);
+            const float most = fmaxf(fmaxf(tops.x, tops.y), fmaxf(tops.z, tops.w));
+            const bool is_first = minus[i] == 0.0f;
+            const bool rises = most > (is_first ? kLowest : kProbabilityExponent + kMostRise);
+            const float rise = rises ? most - kProbabilityExponent : 0.0f;
+            const float before = is_first ? 1.0f : exp2_of(-rise);  // of sums so far; none are zero
+            if (g == 0) store_shared(my_maximum + kToFactors + (8 * j + b) * 16, before);
+            if (rises) minus[i] = minus[i] == rise ? 1e-30f : minus[i] - rise;
+            s[4 * j + b] -= rise;
+            s[4 * j + 2 + b] -= rise;
+            total[i] *= before;
+            is_new |= minus[i] == 0.0f;
+          }
+        }
+      }
+
+      p_offset = S::kWeights - p_offset;
+#pragma unroll
+      for (int j = 0; j < kBlocks; ++j) {
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const float x = exp2_of(s[4 * j + b]), y = exp2_of(s[4 * j + 2 + b]);
+          total[2 * j + b] += x + y;
+          store_shared(p_at + p_offset + j * 128 + b * 16, pair_f16(x, y));
+        }
+      }
+      show_to_engines();
+      wait_for_outputs();
+      if (has_risen) {
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < N / 4; ++i) {
+          const float before = load_shared_1(my_maximum + kToFactors + (i / 2 * 8 + i % 2) * 16);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            out[half][i / 2 * 4 + i % 2] *= before;
+            out[half][i / 2 * 4 + i % 2 + 2] *= before;
+          }
+        }
+      }
+      barrier_wait(barriers.values(slot), parity);
+      u32 bytes[2][2][4];
+      load_values(bytes, tile + value_at);
+      const int low = first_key(a, row.position) - key0, high = row.position + row.tokens - key0;  // keys that are seen
+      if (low > 0 || high < kKeys) hide_values(bytes, t, low, high);     // the others may be NaN
+      __syncwarp();
+      if (lane == 0) barrier_arrive(barriers.empty(slot));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) expand(bytes[half][i / 4][i % 4], v[half][i / 2][i % 2], v[half][i / 2][2 + i % 2]);
+      }
+      meet(1 + group, kWarpgroup);
+      advance<S>(slot, parity, S::kGroups);
+      mine += S::kGroups;
+    };
+
+    if (find()) {
+      ask_scores();
+      wgmma_wait(s);
+      weigh();
+      while (find()) {
+        ask_scores();
+        ask_outputs();
+        wgmma_wait<1>(s);
+        weigh();
+      }
+      ask_outputs();
+      wait_for_outputs();
+    }
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) minus[i] = minus[i] == 0.0f ? kLowest : kProbabilityExponent - minus[i];
+    // Looked up again, not in registers all the time.
+    const Share share = *reinterpret_cast<const Share*>(requests + S::kShare);
+    leave_row<S>(a, row_at(a, requests, request, unit), share, shared, buffer, out, minus, total);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(barriers.query_empty(buffer));
+    ++rows;
     unit = stop;
   }
 }
@@ -642,6 +911,7 @@ __device__ inline void paged_attention(const Attention& a, const Maps& maps, u8*
   share.begin = share.me * share.size;
   share.end = min(share.begin + share.size, all_tiles);
   if (share.me >= 0 && mine.x <= share.begin && share.begin < mine.x + tiles) scan[16] = thread;
+  if (thread == 0) *reinterpret_cast<Share*>(requests + S::kShare) = share;
   __syncthreads();
   if (share.me < 0) {
     wait_for_previous_kernel();  // a kernel that has ended vouches for those before it
@@ -650,15 +920,16 @@ __device__ inline void paged_attention(const Attention& a, const Maps& maps, u8*
   const int request = scan[16];
 
   if (warp >= kConsumers) {
-    if constexpr (S::kColumns == 64) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    if constexpr (S::kIsWide) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     if (warp == kConsumers) copy_tiles<S>(a, maps, shared, requests, request, share, barriers);
     else split_queries<S>(a, shared, requests, request, share, barriers, warp - kConsumers - 1);
     return;
   }
-  if constexpr (S::kColumns == 64) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+  if constexpr (S::kIsWide) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
   wait_for_previous_kernel();
   let_next_kernel_start();
-  attend<S>(a, shared, requests, request, share, barriers);
+  if constexpr (S::kIsWide) attend_wide<S>(a, shared, requests, request, share.begin, share.end, barriers);
+  else attend<S>(a, shared, requests, request, share, barriers);
 }
 
 #define VARIANT(columns, type, bf16)                                                                                   \
@@ -679,8 +950,6 @@ __device__ inline void paged_attention(const Attention& a, const Maps& maps, u8*
 VARIANT(8, e4m3, false)
 VARIANT(16, e4m3, false)
 VARIANT(32, e4m3, false)
-VARIANT(64, e4m3, false)
 VARIANT(8, bf16, true)
 VARIANT(16, bf16, true)
 VARIANT(32, bf16, true)
-VARIANT(64, bf16, true)

@@ -130,11 +130,12 @@ __device__ inline void hide_values(u32 (&v)[2][2][4], int t, int low, int high) 
   }
 }
 
-// ---- wgmma of m64 n(columns): sums (+)= A B; k32, A in e4m3, B hi in e4m3 or lo in e5m2; or k16, both in bf16 ----
+// ---- wgmma of m64 n(columns): sums (+)= A B; k32, A in e4m3, B hi in e4m3 or lo in e5m2; or k16, both in one type ----
 
-template <int kSums>
+// Until no more than kLeft groups are under way, of which none has these sums.
+template <int kLeft = 0, int kSums>
 __device__ inline void wgmma_wait(float (&d)[kSums]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 #pragma unroll
   for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
@@ -165,7 +166,6 @@ struct Wgmma;
 #define D8 "%0,%1,%2,%3"
 #define D16 D8 ",%4,%5,%6,%7"
 #define D32 D16 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define D64 D32 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define R4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define R16(i) R4(i), R4(i + 4), R4(i + 8), R4(i + 12)
 #define WGMMA_SHARED(n, list, type, a, b, add, ...)                                                               \
@@ -178,6 +178,11 @@ struct Wgmma;
                "k32.f32.e4m3." type " {" list "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", p, 1, 1; }"    \
                : __VA_ARGS__                                                                                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(columns), "n"(kAdd))
+#define WGMMA_F16(n, list, a0, a1, a2, a3, b, add, ...)                                                           \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #add ", 0; wgmma.mma_async.sync.aligned.m64n" #n               \
+               "k16.f32.f16.f16 {" list "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", p, 1, 1, 0; }"       \
+               : __VA_ARGS__                                                                                     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(columns), "n"(1))
 #define WGMMA_BF16(n, list, a, b, add, transposed, ...)                                                           \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #add ", 0; wgmma.mma_async.sync.aligned.m64n" #n               \
                "k16.f32.bf16.bf16 {" list "}, %" #a ", %" #b ", p, 1, 1, " transposed ", 0; }"                   \
@@ -198,6 +203,10 @@ struct Wgmma;
       if constexpr (kLow) WGMMA_REGISTERS(n, list, "e5m2", i0, i1, i2, i3, i4, i5, __VA_ARGS__);                  \
       else WGMMA_REGISTERS(n, list, "e4m3", i0, i1, i2, i3, i4, i5, __VA_ARGS__);                                 \
     }                                                                                                             \
+    static __device__ inline void add_f16(float (&d)[n / 2], const u32 (&a)[4], u32 c) {                          \
+      const u64 columns = descriptor<kColumnsHigh>(c);                                                            \
+      WGMMA_F16(n, list, i0, i1, i2, i3, i4, i5, __VA_ARGS__);                                                    \
+    }                                                                                                             \
     template <bool kTransposed, bool kAdd>                                                                        \
     static __device__ inline void bf16(float (&d)[n / 2], u32 k, u32 c) {                                         \
       const u64 keys = descriptor<kKeysHigh>(k), columns = descriptor<kColumnsHigh>(c);                           \
@@ -208,4 +217,3 @@ struct Wgmma;
 WGMMA(8, D8, 4, 5, 6, 7, 8, 9, R4(0))
 WGMMA(16, D16, 8, 9, 10, 11, 12, 13, R4(0), R4(4))
 WGMMA(32, D32, 16, 17, 18, 19, 20, 21, R16(0))
-WGMMA(64, D64, 32, 33, 34, 35, 36, 37, R16(0), R16(16))

@@ -1,4 +1,4 @@
-"""Launcher of csrc/sm90_paged_prefill.cu: many new tokens a request over a paged e4m3 or bf16 cache."""
+"""Launcher of csrc/sm90_paged_prefill*.cu: many new tokens a request over a paged e4m3 or bf16 cache."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .paged_cache import DIM, MOST_REQUESTS, NAMES, multiprocessors, tensor_map
 
 ROWS = 128  # (token, head) pairs of a block at a time
 TILES = (128, 112)  # keys of a tile; the narrower one fits windows of 512
+FP8 = "fp8"  # all products
 MOST_WINDOW = 4096  # whose items are short and alike: blocks that share them would write more than they save
 LEAST_BOX = 16  # positions of the smallest copy
 _THREADS = 384
@@ -23,6 +24,12 @@ VARIANTS = {
     )
     for dtype, name in NAMES.items()
     for variant, size in ((128, _SHARED_BYTES), (112, _SHARED_BYTES), ("split", _SHARED_BYTES), ("combine", 0))
+}
+VARIANTS |= {
+    (FP8, variant): Kernel(
+        "sm90_paged_prefill_fp8", f"sm90_paged_prefill_fp8_{variant}", _PARAMETERS, size, dependent=True
+    )
+    for variant, size in ((128, _SHARED_BYTES), ("split", _SHARED_BYTES), ("combine", 0))
 }
 
 
@@ -42,12 +49,13 @@ def launch(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor, v_scale: Tensor, block_table: Tensor,
     seq_lens: Tensor, query_start: Tensor, window: int | None = None, gate: Tensor | None = None,
     softmax_scale: float | None = None, lse: Tensor | None = None, fewest: int = 1, out: Tensor | None = None,
-    variant: int | str | None = None,
+    variant: int | str | None = None, fp8: bool = False,
 ) -> Tensor:  # fmt: skip
     """As ops.paged_attention; `lse`, f32 [tokens, q_heads], takes the log of the scores' sum of exponentials.
 
     Rows of `out`, and of `lse`, that belong to requests of less than `fewest` new tokens stay as they are; padding
-    behind the last request's gets zeros. `variant`, a tile's keys or "split", follows from shapes if not given.
+    behind the last request's gets zeros. `variant`, a tile's keys or "split", follows from shapes if not given. `fp8`:
+    as ops.paged_attention.fp8_reference, over e4m3 caches.
     """
     heads = q.shape[1]
     kv_heads, page_size = k_cache.shape[1:3]
@@ -64,11 +72,12 @@ def launch(
     seq_lens, query_start = seq_lens.contiguous(), query_start.contiguous()
     blocks = multiprocessors(q.device.index)
     shared = shares_items(len(q), requests, group, kv_heads, window, blocks)
-    variant = variant or ("split" if shared else tile_keys(group, window))
+    variant = variant or ("split" if shared else max(TILES) if fp8 else tile_keys(group, window))
     partial = q.new_empty((2 * blocks, ROWS, DIM + 4), dtype=torch.float32) if variant == "split" else 0
     # A window's first tile begins where a box does: small boxes waste fewest keys. 112 is no multiple of larger ones.
     box = min(page_size, max(TILES)) if window is None and variant != min(TILES) else LEAST_BOX
-    maps = (*tensor_map(k_cache, box), *tensor_map(v_cache, box, v_cache.itemsize == 2))
+    # What ldmatrix transposes is swizzled too: eight rows of 128 bytes at a time would all be in the same banks.
+    maps = (*tensor_map(k_cache, box), *tensor_map(v_cache, box, fp8 or v_cache.itemsize == 2))
     scale = (DIM**-0.5 if softmax_scale is None else softmax_scale) * 1.4426950408889634  # exp2 is cheaper
     scale_strides = [s.stride(0) if s.dim() else 0 for s in (k_scale, v_scale)]
     strides = (*q.stride()[:2], block_table.stride(0), *((0, 0) if gate is None else gate.stride()), *scale_strides)
@@ -80,10 +89,11 @@ def launch(
             last - first, fewest, q.shape[0] if last == requests else -1, kv_heads, group, page_size.bit_length() - 1,
             box.bit_length() - 1, min(window or 1 << 30, 1 << 30), blocks, scale, *maps,
         )  # fmt: skip
-        VARIANTS[k_cache.dtype, variant].launch((blocks, 1, 1), _THREADS, *arguments)
+        kind = FP8 if fp8 else k_cache.dtype
+        VARIANTS[kind, variant].launch((blocks, 1, 1), _THREADS, *arguments)
         if variant == "split":
             grid = -(-q.shape[0] * heads // (_THREADS // 32))  # a warp for a row
-            VARIANTS[k_cache.dtype, "combine"].launch((grid, 1, 1), _THREADS, *arguments)
+            VARIANTS[kind, "combine"].launch((grid, 1, 1), _THREADS, *arguments)
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import fp8_attention
 from ..registry import Kernel, define, expect, lazy
 from .kv_append import CACHE_DTYPES
 from .swiglu import FLOATS
@@ -64,14 +65,16 @@ def _fake_lse(q, *args):
     return _fake(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-_FLASHINFER = "flashinfer.paged_attention"
+_FLASHINFER, _FP8 = "flashinfer.paged_attention", "cuda.paged_prefill_fp8"
 _KERNELS = (
+    Kernel("cuda-fp8", lazy(f"{_FP8}.launch"), (90, 90), "cuda.bindings", lazy(f"{_FP8}.refuse")),
     Kernel("cuda", lazy("cuda.paged_attention.launch"), (90, 90), "cuda.bindings", lazy("cuda.paged_attention.refuse")),
     Kernel("flashinfer", lazy(f"{_FLASHINFER}.launch"), (100, 103), "flashinfer", lazy(f"{_FLASHINFER}.refuse")),
     Kernel("triton", lazy("triton.paged_attention.launch"), package="triton", refuse=_triton_refuses),
 )
 
 _KERNELS_LSE = (
+    Kernel("cuda-fp8", lazy(f"{_FP8}.launch_lse"), (90, 90), "cuda.bindings", lazy(f"{_FP8}.refuse")),
     Kernel(
         "cuda", lazy("cuda.paged_attention.launch_lse"), (90, 90), "cuda.bindings", lazy("cuda.paged_attention.refuse")
     ),
@@ -129,9 +132,26 @@ def paged_attention_lse(
     )
 
 
+def fp8_reference(
+    q, k_cache, v_cache, k_scale, v_scale, block_table, seq_lens, query_start,
+    window=None, gate=None, softmax_scale=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The reference of kernels in FP8 (fp8_attention.py): paged_attention_lse of rounded queries and probabilities."""
+    rounded = fp8_attention.round_queries(q).to(q.dtype)  # exact: 4 of bf16's 8 bits
+    return _attend(
+        rounded, k_cache, v_cache, k_scale, v_scale, block_table, seq_lens, query_start, window, gate, softmax_scale,
+        fp8_attention.weigh,
+    )  # fmt: skip
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return scores.softmax(-1), scores.logsumexp(-1)
+
+
 def _attend(
-    q, k_cache, v_cache, k_scale, v_scale, block_table, seq_lens, query_start, window, gate, softmax_scale
-) -> tuple[Tensor, Tensor]:
+    q, k_cache, v_cache, k_scale, v_scale, block_table, seq_lens, query_start, window, gate, softmax_scale,
+    softmax=_softmax,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     compute = torch.promote_types(q.dtype, torch.float32)
     _, heads, dim = q.shape
     kv_heads, page_size = k_cache.shape[1:3]
@@ -158,8 +178,8 @@ def _attend(
         behind = torch.arange(length - (end - begin), length, device=q.device)[:, None] - position
         hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
         scores = scores.masked_fill(hidden, -torch.inf)
-        lse[begin:end] = scores.logsumexp(-1).permute(2, 0, 1).flatten(1)
-        weights = scores.softmax(-1)
+        weights, sums = softmax(scores)
+        lse[begin:end] = sums.permute(2, 0, 1).flatten(1)
         weights = weights.masked_fill(hidden.all(-1, keepdim=True), 0.0)  # softmax of no key is NaN
         out[begin:end] = torch.einsum("gntk,gkd->tgnd", weights, values).flatten(1, 2)
     if gate is not None:
