@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from step_kernels.model.checkpoint import INDEX, Checkpoint, CheckpointError, canonical, read_json
+from step_kernels.model.checkpoint import INDEX, Checkpoint, CheckpointError, read_json
 from step_kernels.nvfp4 import E4M3_MAX
 
 from . import jobs, lanes
@@ -24,7 +24,7 @@ from .jobs import Output
 from .lanes import Lanes
 from .layout import projection_name
 from .matrices import label, pieces
-from .modelopt import layer_number, metadata_files
+from .modelopt import HF_QUANT_CONFIG, layer_number, metadata_files
 from .plan import Group, Plan, Settings, UsageError, make_plan, resolve_source
 from .shards import CHUNK, PART, Shard, copy_side_files, write_file
 
@@ -121,7 +121,7 @@ class _Conversion:
         self.outputs: dict[str, list[tuple[str, Output]]] = {}  # shard -> weights under way, by their source's name
         self.under_way: dict[str, list[Future]] = {}  # what each shard without its name waits for
         self.groups: dict[Group, None] = {}  # whose work has not been put yet
-        self.values: dict[tuple[int | None, str], float] = {}  # calibrated scales, by layer and projection
+        self.values: dict[tuple[int | None, str], float] = {}  # calibrated scales, as Constant names them
         self.bar, self.lock = None, threading.Lock()
 
     def recall(self) -> bool:
@@ -171,7 +171,7 @@ class _Conversion:
             for shard in self.shards.values():
                 shard.close()
         metadata = self._metadata()
-        skip = {STATE, *metadata}
+        skip = {STATE, HF_QUANT_CONFIG, *metadata}
         self.summary.left_out = copy_side_files(self.checkpoint.folder, self.target, skip)
         if "auto_map" in self.checkpoint.config:
             self.summary.left_out.append("config.json's auto_map")
@@ -202,7 +202,7 @@ class _Conversion:
         """Puts a group's work behind what is there already."""
         del self.groups[group]
         count = len(pieces(self.checkpoint.entry(group.weights[0]).shape))
-        outputs = [self._output(into, name, count) for into, name in group.outputs]
+        outputs = [self._output(*output, weight, count) for weight, output in zip(group.weights, group.outputs)]
         live = [(f, w, output) for (f, _), w, output in zip(group.outputs, group.weights, outputs) if output]
         for into, weight, output in live:
             self.outputs.setdefault(into, []).append((weight, output))
@@ -225,6 +225,8 @@ class _Conversion:
         Shards get their names as soon as they are whole, so that a stopped run has less to do again.
         """
         settings, device = self.plan.settings, self.devices[0]
+        if device.type == "cuda":  # loads torch's linear algebra, which fails when lanes are the first to use it at once
+            torch.linalg.cholesky(torch.eye(1, device=device))
         run = Calibration(self.checkpoint, self.plan.config, self.plan.tokens, device, settings.search)
         trunk = {group.weights[0]: group for group in self.groups if self._is_calibrated(group)}
         for index, inputs, peaks in run.layers(set(trunk), self.progress):
@@ -242,7 +244,7 @@ class _Conversion:
             for job in under_way:
                 job.result()
             left = {file for group in self.groups for file, _ in group.outputs}
-            late = {file for file, name, _ in self.plan.constants if (layer_number(canonical(name)) or 0) > index}
+            late = {constant.file for constant in self.plan.constants if (constant.layer or 0) > index}
             for file in [f for f in self.under_way if f not in left | late]:
                 self._submit_copies(pool, file, copies)
                 self._finish(file)
@@ -252,11 +254,11 @@ class _Conversion:
         layer = layer_number(group.weights[0])
         return layer is not None and layer < self.plan.config.num_layers
 
-    def _output(self, file: str, name: str, matrices: int) -> Output | None:
+    def _output(self, file: str, name: str, weight: str, matrices: int) -> Output | None:
         """None for a weight of a finished shard, of which only the amax is taken."""
         if file in self.done:
             return None
-        return Output(self.shards[file], name, Weight.zeros(matrices))
+        return Output(self.shards[file], self.plan.stored(weight, name), Weight.zeros(matrices))
 
     def _job(self, job, *arguments) -> None:
         count = job(*arguments)
@@ -267,9 +269,10 @@ class _Conversion:
     def _finish(self, file: str) -> None:
         """Waits until a shard has all of its weights, then gives it its name."""
         shard = self.shards[file]
-        for _, name, value in (c for c in self.plan.constants if c[0] == file):
-            value = self._calibrated(canonical(name), value)
-            shard.write(name, jobs.as_bytes(torch.full(self.plan.shards[file][name][1], value)))
+        for constant in (c for c in self.plan.constants if c.file == file):
+            value = self.values.get((constant.layer, constant.what), 1.0)
+            value = torch.full(self.plan.shards[file][constant.name][1], value)
+            shard.write(constant.name, jobs.as_bytes(1 / value if constant.inverse else value))
         for job in self.under_way.pop(file):
             job.result()
         self.errors[file] = [
@@ -280,11 +283,6 @@ class _Conversion:
         shard.finish()
         self.done.add(file)
         self.summary.bytes_out += shard.size
-
-    def _calibrated(self, name: str, default: float) -> float:
-        """A scale's value by the calibration, if that has seen its weight's inputs or its keys and values."""
-        what = projection_name(name) + ".input_scale" if name.endswith(".input_scale") else name.rpartition(".")[2]
-        return self.values.get((layer_number(name), what), default)
 
     def _sum_up(self) -> None:
         rows = {(layer, projection): row for file in self.errors.values() for layer, projection, *row in file}
@@ -298,7 +296,7 @@ class _Conversion:
                 self.summary.zeros += [f"{weight}: {label(shape, matrix)}".rstrip(": ") for matrix in zeros]
 
     def _metadata(self) -> dict[str, bytes]:
-        return metadata_files(self.checkpoint.config, self.plan.patterns, self.plan.settings.kv_cache, self.shards)
+        return metadata_files(self.checkpoint.config, self.plan.quantization, self.shards)
 
     def _save_state(self) -> None:
         state = {"digest": self.plan.digest, "errors": self.errors}

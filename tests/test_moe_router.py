@@ -108,7 +108,7 @@ def test_kernels_take_up_to_16384_tokens_and_whole_warps_of_k():
 def test_many_tokens_have_a_kernel_of_their_own_on_hopper():
     from step_kernels.cuda.moe_router import takes_many
 
-    assert [takes_many(tokens, 288, 4096) for tokens in (1024, 1025, 100000)] == [False, True, True]
+    assert [takes_many(tokens, 288, 4096) for tokens in (1536, 1537, 100000)] == [False, True, True]
     assert takes_many(2000, 1, 64) and takes_many(2000, 288, 16384)
     assert not any(takes_many(2000, *sizes) for sizes in ((289, 4096), (288, 96), (288, 16448), (288, 0)))
 
@@ -128,7 +128,7 @@ gpu = pytest.mark.gpu
 
 
 @gpu
-@pytest.mark.parametrize("tokens", [0, 1, 2, 8, 9, 16, 17, 33, 64, 65, 300, 1024])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 8, 9, 16, 17, 33, 64, 65, 300, 1536])
 def test_every_token_gets_the_experts_of_float64(tokens):
     x, weight, bias = inputs(tokens, device="cuda")
     with sk.force("cuda"):
@@ -173,7 +173,7 @@ def in_bf16(weight, chunks):
 @pytest.mark.parametrize("chunks", ["none", "all", "every third"])
 @pytest.mark.parametrize(
     "tokens, experts, hidden, top_k",
-    [(1025, 288, 4096, 8), (8192, 288, 4096, 8), (20011, 288, 4096, 8), (1100, 7, 64, 7), (1152, 33, 1088, 32)],
+    [(1537, 288, 4096, 8), (8192, 288, 4096, 8), (20011, 288, 4096, 8), (1600, 7, 64, 7), (1664, 33, 1088, 32)],
 )
 def test_many_tokens_get_the_experts_of_float64_whatever_parts_a_weight_has(tokens, experts, hidden, top_k, chunks):
     x, weight, bias = inputs(tokens, experts, hidden, device="cuda")
@@ -188,7 +188,7 @@ def test_many_tokens_get_the_experts_of_float64_whatever_parts_a_weight_has(toke
 @gpu
 def test_many_tokens_keep_all_bits_of_weights_of_very_different_sizes():
     """Logits of 2^-20, and of 2^-19 for one expert, are what is left of weights of size 1."""
-    x = torch.ones(1100, 4096, device="cuda").to(BF16)
+    x = torch.ones(1600, 4096, device="cuda").to(BF16)
     weight = torch.zeros(288, 4096, device="cuda")
     weight[:, 0], weight[:, 3] = 1 + 2.0**-20, -1
     weight[100, 0] += 2.0**-20
@@ -199,21 +199,23 @@ def test_many_tokens_keep_all_bits_of_weights_of_very_different_sizes():
 
 @gpu
 def test_many_tokens_are_read_with_their_strides_and_nan_stays_in_its_token():
-    x, weight, bias = inputs(1500, device="cuda")
+    x, weight, bias = inputs(1700, device="cuda")
     wanted = sk.moe_router(x, weight, bias, 8, SCALE)
-    wide = torch.full((1500, 5000), torch.nan, device="cuda", dtype=BF16)
+    wide = torch.full((1700, 5000), torch.nan, device="cuda", dtype=BF16)
     wide[:, 8:4104] = x
     assert all(map(torch.equal, sk.moe_router(wide[:, 8:4104], weight, bias, 8, SCALE), wanted))
     assert all(map(torch.equal, sk.moe_router(x.t().contiguous().t(), weight, bias, 8, SCALE), wanted))
+    alike = sk.moe_router(x[:1].expand(1700, 4096), weight, bias, 8, SCALE)
+    assert all(torch.equal(got, one[:1].expand(1700, 8)) for got, one in zip(alike, wanted))
     x[777, 17] = torch.nan
     weights, ids = sk.moe_router(x, weight, bias, 8, SCALE)
-    others = torch.arange(1500, device="cuda") != 777
+    others = torch.arange(1700, device="cuda") != 777
     assert torch.equal(weights[others], wanted[0][others]) and torch.equal(ids[others], wanted[1][others])
     assert weights[777].isnan().all() and ids[777].tolist() == list(range(8))
 
 
 @gpu
-@pytest.mark.parametrize("tokens", [1025, 1088, 1279])
+@pytest.mark.parametrize("tokens", [1537, 1600, 1791])
 def test_the_kernel_for_many_tokens_writes_its_outputs_and_nothing_beside_them(tokens):
     from step_kernels.cuda import moe_router
 

@@ -16,8 +16,8 @@ TILE = 64  # keys
 # Queries of a request and kv head that kernels for few take: in a window, or where all requests may have as many, over
 # e4m3; where some have more than others, or over bf16.
 MOST_COLUMNS, MOST_OTHER_COLUMNS = 32, 16
-# In a window blocks side by side take more queries than columns, while they are few: 128 of 4 tokens x 12 heads take 10.5
-# us and paged_prefill.py's 13.7, 192 of 5 tokens 16.7 and 13.9.
+# In a window blocks side by side take more queries than columns, while they are few: 128 (8 requests of 4 tokens x 12
+# heads) take 10.5 us and paged_prefill.py's 13.7, 192 (of 5 tokens) 16.7 and 13.9.
 MOST_WINDOW_COLUMNS, FEW_BLOCKS = 64, 128
 THREADS = {8: 512, 16: 512, 32: 384}  # by the columns: the queries (tokens x heads of a group) of a row
 LEAST_TILES = 1  # of a block's share
