@@ -14,7 +14,6 @@ from step_kernels.model import Step3p7
 from step_kernels.model.cache import PagedCache
 from step_kernels.model.chat import Chat
 from step_kernels.model.generation import DraftStats, generate
-from step_kernels.model.graph import step
 from step_kernels.model.image import prepare
 
 from .digits import QUESTIONS, answer, picture
@@ -86,7 +85,7 @@ def greedy(model: Step3p7, kv_cache: str, rows: list[Tensor], new: int) -> list[
     stopped = torch.isin(chosen[0], stop)
     while len(chosen) < new and not stopped.all():
         context = cache.tokens([len(row) + len(chosen) - 1 for row in rows], [1] * len(rows))
-        chosen.append(step(model, chosen[-1], context)[1].argmax(-1))
+        chosen.append(model.logits(model.trunk(model.embed_tokens[chosen[-1]], context)).argmax(-1))
         stopped |= torch.isin(chosen[-1], stop)
     ids = torch.stack(chosen, 1).tolist()
     return [list(itertools.takewhile(lambda token: token not in model.config.eos_ids, row)) for row in ids]

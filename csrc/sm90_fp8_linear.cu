@@ -26,10 +26,9 @@ struct Tile {
   static constexpr int kFactors = kX + kBoxes * 2 * kHalf;               // as bf16 x takes no less
   static constexpr int kXBytes = kFactors - kX + (kConverters ? 0 : 4 * kTokens), kUnitBytes = kFactors + 1024;
   static constexpr int kStages = kTokens <= 16 ? 10 : kTokens == 32 ? 8 : 5, kInFlight = kTokens == 64 ? 5 : 6;
-  static constexpr int kBlocks = 1;  // on a multiprocessor: this kernel's and the next one's
   static constexpr int kAtOnce = kTokens <= 32 ? 4 : 2;
   static constexpr int kBytes = 1024 + kStages * (kUnitBytes + 32);
-  static_assert(kBytes <= (kBlocks == 1 ? 227 : 113) * 1024);
+  static_assert(kBytes <= 227 * 1024);
 
   static __device__ void copy_weights(const Maps& maps, u32 stage, int row, int unit, u32 barrier) {
 #pragma unroll
@@ -251,7 +250,7 @@ __device__ inline void linear(const Maps& maps, const Problem& problem, u8* s_al
 }
 
 #define KERNEL(name, tokens, paired)                                                                              \
-  extern "C" __global__ void __launch_bounds__((Tile<tokens, paired>::kThreads), Tile<tokens, paired>::kBlocks)   \
+  extern "C" __global__ void __launch_bounds__((Tile<tokens, paired>::kThreads), 1)                               \
       name##_t##tokens(const float* scale, const float* factor, void* out, float4* partial, int m, int n,         \
                        int units, int wide, float limit, const __grid_constant__ Maps maps) {                     \
     extern __shared__ u8 s_all[];                                                                                 \

@@ -11,7 +11,8 @@ struct Tile {
   static constexpr int kGroups = kTokens == 8 ? 1 : 2;  // warpgroups of 64 rows that share the tokens
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kBoxes = 2 / kGroups;  // of a unit, 64 k each
-  static constexpr int kMath = kGroups * kWarpgroup, kConverters = 0, kFetcher = kMath, kFetcherX = kMath + 32, kThreads = kMath + 64;
+  static constexpr int kMath = kGroups * kWarpgroup, kConverters = 0;
+  static constexpr int kFetcher = kMath, kFetcherX = kMath + 32, kThreads = kMath + 64;
   static constexpr bool kScaled = false, kPaired = kPaired_;
   static constexpr int kWeightBox = kRows * 128, kBox = kTokens * 128;
   static constexpr int kX = kBoxes * kWeightBox, kXBytes = kBoxes * kBox, kUnitBytes = kX + kXBytes;

@@ -20,7 +20,7 @@
 // Waiting: full[stage] on the copies' bytes; empty[stage] on every consumer warp of both CTAs; warpgroup 2 starts two
 // chunks after warpgroup 1, so that the tensor cores have work while either stores.
 //
-// Tiles of fewer tokens are sm90_nvfp4_prefill_few.cu's where that is faster (step_kernels/cuda/nvfp4_prefill.py).
+// Tiles of fewer tokens are sm90_nvfp4_prefill_few.cu's where that is faster (step_kernels/cuda/nvfp4_prefill_plan.py).
 // For the experts see sm90_nvfp4_moe_prefill.cu: it makes the table of tiles. An expert's tokens are split evenly into
 // tiles of a multiple of 16, so that 257 tokens cost 2 * 144 and not 512. Which tiles exist is decided on the device.
 

@@ -230,11 +230,11 @@ def test_padding_rows_have_no_slot_and_leave_their_token_to_no_request(model, mo
 @torch.inference_mode()
 def test_a_step_gives_the_tokens_of_the_full_forward_at_any_sampling(model):
     batch = prompts(70, 3)
-    decoder = decoder_after(model, batch, 20)
+    decoder, other = (decoder_after(model, batch, 20) for _ in "do")
     rows = list(batch)
     for _ in range(20):
         logits = torch.cat([model(torch.tensor([row]))[:, -1] for row in rows])
-        wanted = decoder.choose([0, 1], logits, [len(row) for row in rows]).tolist()
+        wanted = other.start([0, 1], logits, [len(row) for row in rows]).tolist()
         assert decoder.step([0, 1], 0).tolist() == wanted
         rows = [row + [token] for row, token in zip(rows, wanted)]
 

@@ -4,14 +4,15 @@
 // block a multiprocessor, through a ring of stages that one thread keeps full. The weights of a block's first stages
 // are asked for before the kernel ahead has ended. A block lets the next kernel start when it has asked for its last
 // unit: memory is busy with the next weights while this kernel's last sums are added. Only as many are under way as
-// keep the memory busy, for what comes last, x, waits behind them. Of a row that blocks share,
-// the one with its first unit adds the others' parts in order, as common/nvfp4_sm90_decode.cuh does.
+// keep the memory busy, for what comes last, x, waits behind them. Of a row that blocks share, the one with its first
+// unit adds the others' parts in order, as common/nvfp4_sm90_decode.cuh does.
 //
 // T: what a kernel's tile is.
 //   kColumns, kRows, kStages
 //   kX, kXBytes, kUnitBytes  bytes of a stage's weights, which lie first, of x's copies, of the stage
 //   kInFlight                stages of weights that are asked for together
-//   kMath                    threads that multiply, the first of the block's; kFetcher asks for weights, kFetcherX for x
+//   kMath                    threads that multiply, the first of the block's
+//   kFetcher, kFetcherX      the threads that ask for weights and for x
 //   kConverters              threads that x passes through before it is multiplied, or 0
 //   kScaled                  whether rows have a scale
 //   kPaired                  whether the first half of the rows is gate, the second up, and out their SwiGLU

@@ -1,5 +1,5 @@
-// What the kernels for many tokens have in common (sm90_nvfp4_prefill.cu draws it): clusters of two CTAs, each a warpgroup
-// that copies and two of 64 rows that compute; barriers and copies across the cluster; which tile is whose.
+// What the kernels for many tokens have in common (sm90_nvfp4_prefill.cu draws it): clusters of two CTAs, each a
+// warpgroup that copies and two of 64 rows that compute; barriers and copies across the cluster; which tile is whose.
 #pragma once
 
 #include "common/nvfp4_sm90_prefill.cuh"

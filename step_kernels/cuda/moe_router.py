@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import moe_topk
 from .driver import Kernel
-from .nvfp4_prefill import TILE_K, tensor_map
+from .nvfp4_prefill import TILE_K, _copyable, tensor_map
 from .rms_norm import aligned
 
 MOST_TOKENS = 16384  # 8192 took 315 us on an H200, in f32 by cuBLAS and moe_topk 574
@@ -67,7 +67,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, top_k: int, scale: float) ->
     ids = weight.new_empty(tokens, top_k, dtype=torch.int32)
     x, weight, bias = aligned(x), aligned(weight.contiguous()), bias.contiguous()
     if many:
-        chunks = hidden // TILE_K
+        x, chunks = _copyable(x), hidden // TILE_K
         parts = x.new_empty(chunks, MANY_PARTS, MANY_EXPERTS, TILE_K)
         counts = ids.new_empty(chunks)
         SPLIT.launch((chunks, 1, 1), MANY_EXPERTS, weight, parts, counts, experts, hidden)

@@ -49,13 +49,8 @@ class Decoder:
         self.temperature[request], self.top_p[request] = sampling.temperature, sampling.top_p
         self.top_k[request], self.key[request] = sampling.top_k, sampling.key(number)
 
-    def choose(self, requests: list[int], logits: Tensor, positions: list[int]) -> Tensor:
-        """f32 [rows, vocab] of these requests -> i64 [rows], the tokens at these positions."""
-        rows, positions = (upload(torch.tensor(values), logits.device) for values in (requests, positions))
-        return self._choose(rows, logits, positions, self._work(requests))
-
     def start(self, requests: list[int], logits: Tensor, positions: list[int]) -> Chosen:
-        """The same; they are the next tokens to feed."""
+        """f32 [rows, vocab] of these requests -> their tokens at these positions, which are the next to feed."""
         rows, positions = (upload(torch.tensor(values), logits.device) for values in (requests, positions))
         tokens = self._choose(rows, logits, positions, self._work(requests), rows)
         if self.drafts:

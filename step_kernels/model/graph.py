@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from ..nvfp4 import NVFP4Experts
 from ..registry import reference_only
-from .cache import CachedTokens
 
 OPS = ("moe_router", "swiglu", "rms_norm", "add_rms_norm", "nvfp4_linear", "nvfp4_moe", "kv_append", "paged_attention")
 
@@ -22,12 +20,6 @@ def capture(device: torch.device, run: Callable, pool=None) -> tuple[torch.cuda.
         with torch.cuda.graph(graph, pool):
             outputs = run()
     return graph, outputs
-
-
-def step(model, tokens: Tensor, context: CachedTokens) -> tuple[Tensor, Tensor]:
-    """i64 [tokens] -> hidden states [tokens, hidden] and logits f32 [tokens, vocab], without a graph."""
-    hidden = model.trunk(model.embed_tokens[tokens], context)
-    return hidden, model.logits(hidden)
 
 
 def refusal(model) -> str | None:
