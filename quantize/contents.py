@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,13 +22,11 @@ from step_kernels.model.checkpoint import (
 )
 from step_kernels.model.config import StepConfig
 
-from .layout import ATTENTION_GROUPS, FP8_BLOCK, GROUPS, expert_shapes, tensor_shapes, weight_name
+from .formats import COMPRESSED, MODELOPT, Stored, stored
+from .layout import ATTENTION_GROUPS, FP8_BLOCK, GROUPS, SHARED_HEAD, expert_shapes, tensor_shapes, weight_name
 from .modelopt import HF_QUANT_CONFIG, layer_number
 
 DTYPE = {dtype: name for name, dtype in DTYPES.items()}
-# Codes, block scales, global scale and input scale of a module; compressed-tensors' last two are the inverses.
-_MODELOPT = ("weight", "weight_scale", "weight_scale_2", "input_scale")
-_COMPRESSED = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
 
 
 class Contents(Checkpoint):
@@ -70,35 +67,6 @@ def _json(path: Path) -> tuple[dict, str]:
         return {}, str(e).removeprefix(f"{path}: ")
 
 
-@dataclass(frozen=True)
-class Stored:
-    """One weight in NVFP4 as the files have it: a linear, a stack of experts, or one expert of several.
-
-    `weight`: its canonical name in the BF16 release; `shape` [n, k] or [experts, n, k]; `names`: of its codes, block
-    scales, global and input scale; `inverse`: the last two are stored as 1 / scale.
-    """
-
-    weight: str
-    shape: tuple[int, ...]
-    expert: int | None
-    names: tuple[str, str, str, str]
-    inverse: bool
-
-    @property
-    def tensors(self) -> dict[str, tuple[str, list[tuple[int, ...]]]]:
-        """Name -> type and the shapes it may have."""
-        *stack, n, k = self.shape
-        scalars = [tuple(stack)] if stack else [(), (1,)]
-        shapes = [("U8", [(*stack, n, k // 2)]), ("F8_E4M3", [(*stack, n, k // 16)]), ("F32", scalars)]
-        return dict(zip(self.names, [*shapes, shapes[-1]]))
-
-    def matrices(self) -> list[tuple[int, str]]:
-        """Of each matrix its place along the stack (0 without one) and how a message names it."""
-        if len(self.shape) == 3:
-            return [(e, f"expert {e}") for e in range(self.shape[0])]
-        return [(0, "" if self.expert is None else f"expert {self.expert}")]
-
-
 class Model:
     """The weights of a checkpoint sorted by its config: `quantized` (weight -> what stores it) and `left` (-> shape).
 
@@ -112,7 +80,7 @@ class Model:
         names = contents.entries
         self.compressed = any(name.endswith(".weight_packed") for name in names)
         self.per_expert = any(".moe.experts." in name for name in names)
-        experts = expert_shapes(self.config)
+        form, experts = COMPRESSED if self.compressed else MODELOPT, expert_shapes(self.config)
         shapes = tensor_shapes(self.config) | experts
         self.quantized: dict[str, list[Stored]] = {}
         self.groups: list[tuple[str, ...]] = []
@@ -121,7 +89,7 @@ class Model:
             together = [tuple(w for group in groups for w in group)] if module.endswith(".moe") else groups
             for weights in together:
                 if any(self._is_quantized(w, experts) for w in weights):
-                    self.quantized |= {w: self._stored(w, shapes[w]) for w in weights}
+                    self.quantized |= {w: stored(w, w, shapes[w], form, self.per_expert) for w in weights}
             self.groups += [group for group in groups if group[0] in self.quantized]
         self.left = {name: shape for name, shape in shapes.items() if name not in self.quantized}
         layers = {layer_number(name) for name in names}
@@ -136,6 +104,8 @@ class Model:
             for part, groups in parts.items():
                 at = f"model.layers.{i}.{part}"
                 modules[at] = [tuple(weight_name(i, p, part) for p in group) for group in groups]
+            if i >= self.config.num_layers:
+                modules[f"model.layers.{i}.{SHARED_HEAD}"] = [(weight_name(i, "output", SHARED_HEAD),)]
         return modules
 
     def _is_quantized(self, weight: str, experts: dict) -> bool:
@@ -143,17 +113,6 @@ class Model:
         if entry is None:  # routed experts that are not there are missed in NVFP4
             return weight in experts or f"{weight}_packed" in self.contents
         return not entry.dtype.is_floating_point
-
-    def _stored(self, weight: str, shape: tuple[int, ...]) -> list[Stored]:
-        def one(stem: str, shape: tuple[int, ...], expert: int | None = None) -> Stored:
-            names = (f"{stem}.{kind}" for kind in (_COMPRESSED if self.compressed else _MODELOPT))
-            return Stored(weight, shape, expert, tuple(names), self.compressed)
-
-        stem = weight.removesuffix(".weight")
-        if len(shape) == 2 or not self.per_expert:
-            return [one(stem, shape)]
-        parent, _, projection = stem.rpartition(".")
-        return [one(f"{parent}.experts.{e}.{projection}", shape[1:], e) for e in range(shape[0])]
 
 
 def read_rows(checkpoint: Checkpoint, name: str, matrix: int, begin: int, end: int) -> Tensor:

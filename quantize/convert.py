@@ -18,6 +18,7 @@ from step_kernels.nvfp4 import E4M3_MAX
 
 from . import jobs, lanes
 from .calibration import Calibration, Inputs
+from .card import CARD, SOURCE_CARD, page
 from .errors import Errors
 from .figures import Weight
 from .jobs import Output
@@ -170,14 +171,15 @@ class _Conversion:
         finally:
             for shard in self.shards.values():
                 shard.close()
-        metadata = self._metadata()
-        skip = {STATE, HF_QUANT_CONFIG, *metadata}
-        self.summary.left_out = copy_side_files(self.checkpoint.folder, self.target, skip)
+        self._sum_up()
+        metadata, renamed = self._metadata(), {CARD: SOURCE_CARD}
+        skip = {STATE, HF_QUANT_CONFIG, SOURCE_CARD, *metadata}
+        self.summary.left_out = copy_side_files(self.checkpoint.folder, self.target, skip, renamed)
+        write_file(self.target / CARD, page(self.plan, self.summary.errors))
         if "auto_map" in self.checkpoint.config:
             self.summary.left_out.append("config.json's auto_map")
         for name, data in metadata.items():
             write_file(self.target / name, data)
-        self._sum_up()
 
     def _prepare(self) -> None:
         try:
@@ -225,7 +227,7 @@ class _Conversion:
         Shards get their names as soon as they are whole, so that a stopped run has less to do again.
         """
         settings, device = self.plan.settings, self.devices[0]
-        if device.type == "cuda":  # loads torch's linear algebra, which fails when lanes are the first to use it at once
+        if device.type == "cuda":  # torch loads its linear algebra at the first use, which lanes must not be at once
             torch.linalg.cholesky(torch.eye(1, device=device))
         run = Calibration(self.checkpoint, self.plan.config, self.plan.tokens, device, settings.search)
         trunk = {group.weights[0]: group for group in self.groups if self._is_calibrated(group)}

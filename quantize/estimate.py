@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from step_kernels.model.checkpoint import DTYPES, Checkpoint, CheckpointError, P
 
 from . import jobs, lanes
 from .convert import kept_files
-from .layout import output_tensors
+from .layout import nvfp4_bytes
 from .matrices import pieces, quantize_piece
 from .matrices import read_piece as read_weight
 from .plan import Plan, Settings, make_plan, resolve_source
@@ -69,11 +68,8 @@ def actions(plan: Plan) -> list[Action]:
     for group in plan.groups:
         for weight, (file, name) in zip(group.weights, group.outputs):
             entry = plan.checkpoint.entry(weight)
-            written = sum(
-                DTYPES[dtype].itemsize * math.prod(shape) for dtype, shape in output_tensors(entry.shape).values()
-            )
-            tensor = f"{_DTYPE[entry.dtype]} {list(entry.shape)}"
-            found.append(Action("quantize", name, tensor, jobs.source_bytes(plan.checkpoint, weight), written, file))
+            tensor, size = f"{_DTYPE[entry.dtype]} {list(entry.shape)}", jobs.source_bytes(plan.checkpoint, weight)
+            found.append(Action("quantize", name, tensor, size, nvfp4_bytes(entry.shape), file))
     return sorted(found, key=lambda action: (action.file, action.name))
 
 

@@ -14,12 +14,13 @@ from step_kernels.model.checkpoint import Checkpoint, CheckpointError, Entry, Pi
 from . import lanes, matrices
 from .calibration import Inputs
 from .figures import Weight, tally
-from .hessian import gptq, local_gptq, output_error
+from .formats import BLOCK_SCALES, CODES, GLOBAL_SCALE, Stored, place
+from .hessian import OFFSETS, gptq, local_gptq, output_error
 from .matrices import label, pieces, quantize_piece
 from .plan import Group
 from .shards import CHUNK, Shard
 
-_AT_ONCE = 1 << 28  # numbers
+_AT_ONCE = 1 << 31  # numbers of f32 that a lane may hold while it quantizes by inputs
 
 
 @dataclass
@@ -27,13 +28,21 @@ class Output:
     """Where a weight goes, what was noted of it, and which of its matrices are all zero."""
 
     shard: Shard
-    name: str
+    held: list[Stored]
     noted: Weight
     zeros: list[int] = field(default_factory=list)
 
-    def write(self, suffix: str, data: Tensor, at: int) -> None:
-        """Puts a part of the tensor name + `suffix` at byte `at` of it."""
-        self.shard.write(self.name + suffix, as_bytes(data), at)
+    def write(self, matrix: int, row: int, codes: Tensor, blocks: Tensor) -> None:
+        """Puts codes [rows, k / 2] and block scales [rows, k / 16] of a matrix where its rows from `row` on belong."""
+        for part, data in ((CODES, codes), (BLOCK_SCALES, blocks)):
+            name, at = place(self.held, part, matrix)
+            self.shard.write(name, as_bytes(data), at + data.shape[-1] * row)
+
+    def write_scale(self, matrix: int, scale: Tensor) -> None:
+        """Puts a matrix's global scale, f32 [] on any device, as the format has it."""
+        name, at = place(self.held, GLOBAL_SCALE, matrix)
+        scale = scale.cpu()
+        self.shard.write(name, as_bytes(1 / scale if self.held[0].inverse else scale), at)
 
 
 def copy(entry: Entry, at: int, shard: Shard, name: str) -> int:
@@ -76,10 +85,9 @@ def quantize(
             if len(parts) > 1:  # once more: the scale needs all of a linear, memory holds but a piece
                 x, _ = matrices.read_piece(checkpoint, weight, begin, end, device, buffer)
             codes, blocks, sums = quantize_piece(x, scale, search)
-            output.write("", codes, codes.nbytes // (end - begin) * begin)
-            output.write("_scale", blocks, blocks.nbytes // (end - begin) * begin)
+            output.write(matrix, begin - parts[0][0], codes, blocks)
             output.noted.add(matrix, sums, scale, tally(x, codes, blocks, scale))
-        output.write("_scale_2", scale.cpu(), 4 * matrix)
+        output.write_scale(matrix, scale)
         if top == 0:
             output.zeros.append(matrix)
     return sum(
@@ -110,25 +118,28 @@ def quantize_for_inputs(
         for some in zip(*ranges[begin:end]):  # a linear's rows, or an expert each
             x = torch.stack([matrices.read_piece(checkpoint, weight, *rows, device)[0] for rows in some])
             packed, chosen = search(x, scales, hessians)
-            for i, (first, last) in enumerate(some):
+            for i, (first, _) in enumerate(some):
                 codes, blocks = packed[i].cpu(), chosen[i].view(torch.uint8).cpu()
-                output.write("", codes, codes.nbytes // (last - first) * first)
-                output.write("_scale", blocks, blocks.nbytes // (last - first) * first)
+                output.write(begin + i, first - ranges[begin + i][0][0], codes, blocks)
                 decoded = nvfp4.dequantize(packed[i], chosen[i], scales[i])
                 sums = torch.stack(
                     [t.square().sum(dtype=torch.float64) for t in (decoded - x[i].float(), x[i].float())]
                 )
                 output.noted.add(begin + i, sums, scales[i], tally(x[i], codes, blocks, scales[i]))
                 output.noted.add_outputs(begin + i, output_error(x[i], decoded, hessians[i]))
-        output.write("_scale_2", scales.cpu(), 4 * begin)
+        for matrix in range(begin, end):
+            output.write_scale(matrix, scales[matrix - begin])
         output.zeros += (begin + (top == 0).nonzero().flatten()).tolist()
     return count
 
 
 def at_once(checkpoint: Checkpoint, group: Group, inputs: Inputs) -> int:
-    """How many matrices of a group quantize_for_inputs may take; it holds some ten numbers a weight and a sum."""
-    sizes = [math.prod(checkpoint.entry(weight).shape[-2:]) for weight in group.weights]
-    return max(1, _AT_ONCE // (max(sizes) + inputs.sums[0].numel()))
+    """How many matrices of a group quantize_for_inputs may take: gptq holds some ten numbers a weight and sum, and
+    local_gptq two a weight for each scale that it tries."""
+    weights = max(math.prod(checkpoint.entry(weight).shape[-2:]) for weight in group.weights)
+    sums = inputs.sums[0].numel()
+    each = 10 * (weights + sums) if inputs.sums.dim() == 3 else 2 * (len(OFFSETS) + 2) * weights
+    return max(1, _AT_ONCE // each)
 
 
 def source_bytes(checkpoint: Checkpoint, weight: str) -> int:

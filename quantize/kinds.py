@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from step_kernels.model.checkpoint import DTYPES, Entry, canonical
 
-from .layout import output_tensors
+from .layout import nvfp4_bytes
 from .modelopt import layer_number
 from .plan import Plan
 
@@ -27,6 +27,7 @@ _RULES = (
     ("norms and others", r"", "small vectors"),
 )
 _MTP = ("MTP layers", "only drafts; the release keeps them")
+_MTP_REST = ("MTP layers", "engines build eh_proj unquantized; heads as lm_head")
 _SCALES = ("input and KV cache scales", "factors that engines ask for")
 
 
@@ -58,14 +59,12 @@ def kinds(plan: Plan) -> list[Kind]:
         for weight in group.weights:
             entry, inverse = plan.checkpoint.entry(weight), f"{weight}_scale_inv"
             source = _size(entry) + (_size(plan.checkpoint.entry(inverse)) if inverse in plan.checkpoint else 0)
-            made = output_tensors(entry.shape).values()
-            result = sum(DTYPES[dtype].itemsize * math.prod(shape) for dtype, shape in made)
-            count(_kind(plan, weight)[0], "NVFP4", "", 1, math.prod(entry.shape), source, result)
+            count(_kind(plan, weight)[0], "NVFP4", "", 1, math.prod(entry.shape), source, nvfp4_bytes(entry.shape))
     names = {dtype: name for name, dtype in DTYPES.items()}
     for entry, _, _ in plan.copies:
         name, why = _kind(plan, canonical(entry.stored_name))
         count(name, names[entry.dtype], why, 1, math.prod(entry.shape), _size(entry), _size(entry))
-    scalars = sum(math.prod(plan.shards[file][name][1]) for file, name, _ in plan.constants)
+    scalars = sum(math.prod(plan.shards[c.file][c.name][1]) for c in plan.constants)
     count(_SCALES[0], "F32", _SCALES[1], len(plan.constants), 0, 0, 4 * scalars)
     found = [Kind(name, precision, *row, why) for (name, precision, why), row in sums.items()]
     return sorted(found, key=lambda kind: (kind.name == _SCALES[0], bool(kind.why), -kind.source))
@@ -74,7 +73,7 @@ def kinds(plan: Plan) -> list[Kind]:
 def _kind(plan: Plan, name: str) -> tuple[str, str]:
     layer = layer_number(name)
     if layer is not None and layer >= plan.config.num_layers:
-        return _MTP
+        return _MTP_REST if plan.settings.mtp else _MTP
     kind, why = next((kind, why) for kind, pattern, why in _RULES if re.search(pattern, name))
     return kind, why.format(recipe=plan.settings.recipe)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from step_kernels.model.config import StepConfig, VisionConfig
 from step_kernels.nvfp4 import BLOCK
 
@@ -10,6 +12,7 @@ FP8_BLOCK = 128  # rows and columns that share one weight_scale_inv
 GROUPS = (("gate_proj", "up_proj"), ("down_proj",))
 # No g_proj: SGLang and TensorRT-LLM build that one without quantization, and it is 0.4 % of a layer's attention.
 ATTENTION_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
+SHARED_HEAD = "transformer.shared_head"  # of an MTP layer
 
 
 def tensor_shapes(config: StepConfig) -> dict[str, tuple[int, ...]]:
@@ -59,21 +62,39 @@ def expert_shapes(config: StepConfig) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def weight_groups(config: StepConfig, recipe: str, lm_head: bool) -> list[tuple[str, ...]]:
+def weight_groups(config: StepConfig, recipe: str, lm_head: bool, mtp: bool = False) -> list[tuple[str, ...]]:
     """Canonical names of the weights that a recipe quantizes, those with one global scale together.
 
-    `linears` takes the trunk's layers alone: the release keeps MTP layers in BF16, and vLLM their eh_proj always.
+    `linears` takes the trunk's layers, `mtp` those that draft: the release keeps these in BF16.
     """
     names = []
     for i, layer in enumerate(config.layers):
-        modules = {}
-        if recipe == "linears" and i < config.num_layers:
+        drafts, modules = i >= config.num_layers, {}
+        if mtp if drafts else recipe == "linears":
             modules = {"self_attn": ATTENTION_GROUPS, "share_expert" if layer.moe else "mlp": GROUPS}
         if layer.moe:
             modules["moe"] = GROUPS
+        if drafts and mtp and lm_head:
+            modules[SHARED_HEAD] = (("output",),)
         for module, groups in modules.items():
             names += [tuple(weight_name(i, projection, module) for projection in group) for group in groups]
     return [*names, ("lm_head.weight",)] if lm_head else names
+
+
+def parts_left(config: StepConfig, layer: int, recipe: str, lm_head: bool, mtp: bool) -> tuple[str, ...]:
+    """The modules with linears of a layer that a recipe leaves alone, `("",)` for all of the layer.
+
+    eh_proj is among them since vLLM never builds it quantized.
+    """
+    drafts, moe = layer >= config.num_layers, config.layers[layer].moe
+    linears = mtp if drafts else recipe == "linears"
+    if not (linears or moe):
+        return ("",)
+    parts = ("self_attn.g_proj",) if linears else ("self_attn", "share_expert")
+    parts += ("moe.gate",) if moe else ()
+    if drafts:
+        parts += ("eh_proj",) if linears and lm_head else ("eh_proj", "shared_head")
+    return parts
 
 
 def weight_name(layer: int, projection: str, module: str = "moe") -> str:
@@ -109,11 +130,7 @@ def _vision_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
     return {f"vision_model.{name}": shape for name, shape in shapes.items()}
 
 
-def output_tensors(shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What a weight [n, k] or [experts, n, k] becomes: suffix -> dtype, shape. input_scale is shaped as _scale_2."""
-    *stack, n, k = shape
-    return {
-        "": ("U8", (*stack, n, k // 2)),
-        "_scale": ("F8_E4M3", (*stack, n, k // BLOCK)),
-        "_scale_2": ("F32", tuple(stack)),
-    }
+def nvfp4_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes of the codes, block scales and global scales of a weight [n, k] or [experts, n, k]."""
+    count = math.prod(shape)
+    return count // 2 + count // BLOCK + 4 * math.prod(shape[:-2])

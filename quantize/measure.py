@@ -12,8 +12,9 @@ from tqdm import tqdm
 from step_kernels import nvfp4
 
 from .checks import State
-from .contents import Stored, read_rows
+from .contents import read_rows
 from .errors import decibel
+from .formats import Stored
 from .layout import projection_name
 from .modelopt import layer_number
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from fnmatch import fnmatchcase
 
 from step_kernels.model.checkpoint import INDEX
 from step_kernels.model.config import StepConfig
 from step_kernels.nvfp4 import BLOCK
+
+from .layout import parts_left
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 NAMES = ("source", "released")
@@ -32,7 +33,7 @@ def layer_number(name: str) -> int | None:
 
 
 def exclude_patterns(
-    config: StepConfig, recipe: str, lm_head: bool = False, spellings: set[str] = frozenset()
+    config: StepConfig, recipe: str, lm_head: bool = False, mtp: bool = False, spellings: set[str] = frozenset()
 ) -> list[str]:
     """Patterns of the modules left alone, under the source's and the release's prefix (and any other in `spellings`).
 
@@ -40,46 +41,22 @@ def exclude_patterns(
     `moe.gate` has no star, which would take in moe.gate_proj.
     """
     modules = ["model.embed_tokens"] if lm_head else ["lm_head", "model.embed_tokens"]
-    for i, layer in enumerate(config.layers):
-        if recipe == "linears" and i < config.num_layers:
-            parts = ("self_attn.g_proj", "moe.gate") if layer.moe else ("self_attn.g_proj",)
-        else:
-            parts = ("self_attn*", "share_expert*", "moe.gate") if layer.moe else ("*",)
-        modules += [f"model.layers.{i}.{part}" for part in parts]
+    for i in range(len(config.layers)):
+        for part in parts_left(config, i, recipe, lm_head, mtp):
+            # vLLM's draft model has most of a layer below mtp_block, and shared_head not below transformer.
+            inner = ("transformer.", "") if part == "shared_head" else ("", "mtp_block.")
+            inner = inner if part and part != "eh_proj" and i >= config.num_layers else ("",)
+            star = "*" if part in ("", "self_attn", "share_expert", "shared_head") else ""
+            modules += [f"model.layers.{i}.{above}{part}{star}" for above in inner]
     if config.vision:
         modules += ["vision_model*", "vit_large_projector*"]
     patterns = dict.fromkeys(modules)
     patterns.update(dict.fromkeys(released_name(m, config) for m in modules))
     # The release lists its MTP layers under both prefixes, since engines add one to the whole body.
-    mtp = range(config.num_layers, len(config.layers))
-    patterns.update(dict.fromkeys(f"model.language_model.layers.{i}.*" for i in mtp))
+    drafts = [m for m in modules if (layer_number(m) or 0) >= config.num_layers]
+    patterns.update(dict.fromkeys("model.language_model." + m.removeprefix("model.") for m in drafts))
     patterns.update(dict.fromkeys(prefix + m for prefix in sorted(spellings) for m in modules))
     return list(patterns)
-
-
-def engine_modules(module: str) -> list[str]:
-    """The names under which engines look up whether a quantized `module` of a checkpoint is excluded."""
-    parent, _, projection = module.rpartition(".")
-    if parent.endswith(".moe"):
-        return [f"{parent}.experts"]
-    fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
-    fused |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
-    return [module, *([f"{parent}.{fused[projection]}"] if projection in fused else [])]
-
-
-def is_excluded(module: str, patterns: list[str]) -> bool:
-    """Whether vLLM 0.33 leaves `module` (an engine's name, experts as `...moe.experts`) unquantized.
-
-    Its rule: a trailing `*` not after a dot stands for the module itself and all below it; then a pattern matches
-    when equal, as a glob, or as a substring anywhere.
-    """
-    for pattern in patterns:
-        forms = [pattern]
-        if pattern.endswith("*") and not pattern.endswith(".*"):
-            forms = [pattern[:-1], pattern[:-1] + ".*"]
-        if any(form in module or fnmatchcase(module, form) for form in forms):
-            return True
-    return False
 
 
 def hf_quant_config(patterns: list[str], kv_cache: str) -> dict:
@@ -108,18 +85,19 @@ def quantization_config(patterns: list[str], kv_cache: str) -> dict:
     }
 
 
-def metadata_files(config: dict, patterns: list[str], kv_cache: str, shards: dict) -> dict[str, bytes]:
+def metadata_files(config: dict, quantization: dict[str, dict], shards: dict) -> dict[str, bytes]:
     """The files that describe a checkpoint, by name, in the order to write them: the index last.
 
-    `config`: the source's config.json; its auto_map is dropped, for code is never copied. `shards`: file -> Shard.
+    `config`: the source's config.json; its auto_map is dropped, for code is never copied. `quantization`: of the plan.
+    `shards`: file -> Shard.
     """
     config = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
     if "text_config" in config:
         config["text_config"] = {k: v for k, v in config["text_config"].items() if k != "quantization_config"}
-    config["quantization_config"] = quantization_config(patterns, kv_cache)
+    config["quantization_config"] = quantization["config.json"]
     index = {
         "metadata": {"total_size": sum(shard.data_size for shard in shards.values())},
         "weight_map": {name: file for file, shard in sorted(shards.items()) for name in sorted(shard.names)},
     }
-    files = {HF_QUANT_CONFIG: hf_quant_config(patterns, kv_cache), "config.json": config, INDEX: index}
+    files = {**quantization, "config.json": config, INDEX: index}
     return {name: (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode() for name, data in files.items()}

@@ -19,6 +19,7 @@ from step_kernels.nvfp4 import SEARCHES
 from .cli import print_problems
 from .convert import STATE, Summary, run
 from .estimate import estimate, table
+from .formats import FORMATS
 from .modelopt import NAMES
 from .plan import CALIBRATED, KV_CACHES, KV_SCALES, RECIPES, Settings, UsageError
 
@@ -36,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.lm_head,
             options.calibration,
             options.kv_scales,
+            options.format,
+            options.mtp,
         )
         if options.dry_run:
             return _dry_run(options, settings)
@@ -79,10 +82,16 @@ def _parser() -> Parser:
         choices=RECIPES,
         default=RECIPES[0],
         help="what to quantize: the routed experts, or the linear layers of attention, dense MLPs and share experts "
-        "too; the router, the attention's small g_proj (engines expect it so), the vision encoder and the MTP layers "
-        "stay as they are in both (default: %(default)s)",
+        "too; the router, the attention's small g_proj (engines expect it so) and the vision encoder stay as they are "
+        "in both, and so do the MTP layers without --mtp (default: %(default)s)",
     )
     parser.add_argument("--lm-head", action="store_true", help="quantize lm_head too; only with --recipe linears")
+    parser.add_argument(
+        "--mtp",
+        action="store_true",
+        help="quantize the MTP layers' attention and MLP too (with --lm-head also their heads), for vLLM and this "
+        "project: SGLang builds these layers unquantized",
+    )
     parser.add_argument(
         "--search",
         choices=(*SEARCHES, *CALIBRATED),
@@ -107,10 +116,18 @@ def _parser() -> Parser:
         "--kv-cache", choices=KV_CACHES, default="fp8", help="KV cache type to ask of engines (default: %(default)s)"
     )
     parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="modelopt: experts stacked, for vLLM, SGLang, TensorRT-LLM and this project; compressed-tensors: experts "
+        "one by one, for vLLM (default: %(default)s)",
+    )
+    parser.add_argument(
         "--names",
         choices=NAMES,
         default="source",
-        help="tensor names: the source's, or the NVFP4 release's, model.language_model.* (default: %(default)s)",
+        help="tensor names: the source's, or the NVFP4 release's, model.language_model.*, for models with vision "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True, help="check the result (default: yes)"

@@ -14,9 +14,19 @@ from step_kernels.model.checkpoint import DTYPES, Checkpoint, CheckpointError, E
 from step_kernels.model.config import StepConfig
 from step_kernels.nvfp4 import BLOCK, SEARCHES
 
+from . import compressed
 from .calibration import read_tokens
-from .layout import expert_shapes, inverse_scale_shape, output_tensors, tensor_shapes, weight_groups
-from .modelopt import NAMES, exclude_patterns, layer_number, released_name
+from .formats import COMPRESSED, FORMATS, INPUT_SCALE, Stored, stored
+from .layout import expert_shapes, inverse_scale_shape, projection_name, tensor_shapes, weight_groups
+from .modelopt import (
+    HF_QUANT_CONFIG,
+    NAMES,
+    exclude_patterns,
+    hf_quant_config,
+    layer_number,
+    quantization_config,
+    released_name,
+)
 
 BUNDLED = "bundled"
 RECIPES = ("experts", "linears")
@@ -41,10 +51,13 @@ class Settings:
     lm_head: bool = False
     calibration: str | Path | None = None  # text or token ids, as calibration.read_tokens takes them
     kv_scales: str = "cast"
+    format: str = FORMATS[0]
+    mtp: bool = False
 
     def __post_init__(self):
         searches = (*SEARCHES, *CALIBRATED)
         choices = {"recipe": RECIPES, "search": searches, "kv_cache": KV_CACHES, "names": NAMES, "kv_scales": KV_SCALES}
+        choices["format"] = FORMATS
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(allowed)}")
@@ -69,9 +82,23 @@ class Group:
     outputs: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True)
+class Constant:
+    """A scale of activations or of the KV cache: 1.0, or what calibration found for `what` in the layer.
+
+    `inverse`: stored as 1 / scale.
+    """
+
+    file: str
+    name: str
+    layer: int | None
+    what: str
+    inverse: bool = False
+
+
 @dataclass
 class Plan:
-    """`shards`: file -> tensor -> (dtype, shape); `copies`: entry, file, name; `constants`: file, name, value."""
+    """`shards`: file -> tensor -> (dtype, shape); `copies`: entry, file, name."""
 
     checkpoint: Checkpoint
     config: StepConfig
@@ -80,7 +107,7 @@ class Plan:
     tokens: Tensor | None = None  # i64 [sequences, length], to calibrate with
     shards: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = field(default_factory=dict)
     copies: list[tuple[Entry, str, str]] = field(default_factory=list)
-    constants: list[tuple[str, str, float]] = field(default_factory=list)
+    constants: list[Constant] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
 
     @property
@@ -96,6 +123,22 @@ class Plan:
     def metadata(self) -> dict[str, str]:
         """What each shard's header says of itself."""
         return {"format": "pt", "producer": f"step-kernels {step_kernels.__version__}", "conversion": self.digest}
+
+    @property
+    def quantization(self) -> dict[str, dict]:
+        """What the config files say of the result: file -> quantization, hf_quant_config.json only of modelopt's."""
+        settings = self.settings
+        if settings.format == COMPRESSED:
+            return {"config.json": compressed.quantization_config(self.patterns, settings.kv_cache, settings.lm_head)}
+        return {
+            HF_QUANT_CONFIG: hf_quant_config(self.patterns, settings.kv_cache),
+            "config.json": quantization_config(self.patterns, settings.kv_cache),
+        }
+
+    def stored(self, weight: str, name: str) -> list[Stored]:
+        """How the result holds a quantized weight of that canonical name and name in the result."""
+        form = self.settings.format
+        return stored(weight, name, self.checkpoint.entry(weight).shape, form, form == COMPRESSED)
 
     def _entries(self) -> list[Entry]:
         return sorted(self.checkpoint.entries.values(), key=lambda e: (e.file.name, e.begin, e.stored_name))
@@ -130,11 +173,18 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
         raise CheckpointError(f"{checkpoint.folder / 'config.json'}: moe_layers_enum names no layer to quantize")
     stored = [entry.stored_name for entry in checkpoint.entries.values()]
     third = {"language_model."} if any(name.startswith("language_model.") for name in stored) else set()
-    plan = Plan(checkpoint, config, settings, exclude_patterns(config, settings.recipe, settings.lm_head, third))
+    if settings.names == "released" and config.vision is None:
+        raise UsageError(
+            f"names: got released, but {checkpoint.folder} is a model of text alone, whose tensors no engine finds "
+            f"under model.language_model.*, wanted source"
+        )
+    left = (config, settings.recipe, settings.lm_head, settings.mtp)
+    patterns = compressed.ignored(*left) if settings.format == COMPRESSED else exclude_patterns(*left, third)
+    plan = Plan(checkpoint, config, settings, patterns)
     if settings.calibration is not None:
         plan.tokens = read_tokens(settings.calibration, checkpoint.folder, config)
     shapes = tensor_shapes(config) | expert_shapes(config)
-    groups = weight_groups(config, settings.recipe, settings.lm_head)
+    groups = weight_groups(*left)
     quantized = {name for group in groups for name in group}
     _check_names(checkpoint, config, shapes, quantized)
     for name in shapes:
@@ -181,7 +231,9 @@ def _cache_scale(plan: Plan, name: str, file: str, output: str) -> None:
     for projection in ("k", "v"):
         layer, suffix = layer_number(name), f"self_attn.{projection}_proj.weight"
         if plan.settings.kv_cache == "fp8" and name.endswith(suffix) and layer < plan.config.num_layers:
-            _constant(plan, file, output.removesuffix("weight") + f"{projection}_scale", ())
+            scale = output.removesuffix("weight") + f"{projection}_scale"
+            plan.add(file, scale, "F32", ())
+            plan.constants.append(Constant(file, scale, layer, f"{projection}_scale"))
 
 
 def _quantize(plan: Plan, weights: tuple[str, ...], shapes: dict) -> None:
@@ -199,18 +251,15 @@ def _quantize(plan: Plan, weights: tuple[str, ...], shapes: dict) -> None:
         elif inverse in plan.checkpoint:
             raise CheckpointError(f"{name}: is {_NAME[entry.dtype]}, but {inverse} is there, wanted F8_E4M3 with it")
         file, output = entry.file.name, _output_name(plan, name, entry)
-        for suffix, (dtype, output_shape) in output_tensors(shape).items():
-            plan.add(file, output + suffix, dtype, output_shape)
-        # Without calibration data: amax 6 * 448, so that activations keep their own magnitude.
-        _constant(plan, file, output.removesuffix("weight") + "input_scale", shape[:-2])
+        for held in plan.stored(name, output):
+            for part, (tensor, (dtype, allowed)) in enumerate(held.tensors.items()):
+                plan.add(file, tensor, dtype, allowed[0])
+                if part == INPUT_SCALE:  # 1.0 without calibration data: activations keep their own magnitude
+                    what = f"{projection_name(name)}.input_scale"
+                    plan.constants.append(Constant(file, tensor, layer_number(name), what, held.inverse))
         _cache_scale(plan, name, file, output)
         outputs.append((file, output))
     plan.groups.append(Group(weights, tuple(outputs)))
-
-
-def _constant(plan: Plan, file: str, name: str, shape: tuple[int, ...]) -> None:
-    plan.add(file, name, "F32", shape)
-    plan.constants.append((file, name, 1.0))
 
 
 def _output_name(plan: Plan, name: str, entry: Entry) -> str:

@@ -163,6 +163,10 @@ def _mtp(state: State) -> None:
         tell = found.note if source and not theirs & set(model.missing_mtp) else found.fail
         layers = f"model.layers.{model.missing_mtp[0]}" + (f"-{model.missing_mtp[-1]}" * (len(model.missing_mtp) > 1))
         tell("g", "MTP layers that config.json announces have no tensors", layers, effect=_MTP)
+    drafts = [w for w in model.quantized if ".moe." not in w and (layer_number(w) or 0) >= model.config.num_layers]
+    if drafts:
+        found.note("g", "MTP layers are in NVFP4", drafts[0].removesuffix(".weight"), f"and {len(drafts) - 1} more",
+                   "vLLM drafts with them; SGLang builds them in BF16 and stops when asked for MTP")  # fmt: skip
     text = state.contents.config.get("text_config", state.contents.config)
     given = source.config.get("text_config", source.config) if source else {}
     for name in _LAYER_LISTS:

@@ -41,8 +41,11 @@ def write_file(path: Path, data: bytes) -> None:
         _sync_folder(path.parent)
 
 
-def copy_side_files(source: Path, target: Path, skip: set[str]) -> list[str]:
-    """Copies tokenizer, templates, pictures and the like; gives the names of the files left out, code among them."""
+def copy_side_files(source: Path, target: Path, skip: set[str], renamed: dict[str, str]) -> list[str]:
+    """Copies tokenizer, templates, pictures and the like; gives the names of the files left out, code among them.
+
+    `renamed`: file -> its name in the target.
+    """
     left_out = []
     with _os_errors(source):
         files = sorted(f for f in source.iterdir() if f.suffix != ".safetensors" and f.name not in skip and f.is_file())
@@ -53,7 +56,7 @@ def copy_side_files(source: Path, target: Path, skip: set[str]) -> list[str]:
                 left_out.append(file.name)
                 continue
             data = file.read_bytes()
-        write_file(target / file.name, data)
+        write_file(target / renamed.get(file.name, file.name), data)
     return left_out
 
 

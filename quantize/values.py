@@ -12,8 +12,8 @@ from step_kernels import nvfp4
 from step_kernels.model.checkpoint import read_piece
 
 from .checks import State, places
-from .contents import Stored
 from .findings import size
+from .formats import Stored
 from .measure import misread_error, owners
 
 _POSITIVE = "scales are not positive numbers"

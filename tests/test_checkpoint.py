@@ -149,6 +149,8 @@ HEADERS = [
     ("huge length", b"{}", 2**63 + 1, "header length 9223372036854775809 exceeds"),
     ("deep nesting", b"[" * 200_000, None, "the header is not JSON"),
     ("a list", [1], None, "the header is a JSON list, wanted an object"),
+    ("a tensor twice", b'{"w": {}, "v": {}, "w": {}}', None, "a.safetensors: w: is in the header more than once"),
+    ("a shape twice", b'{"w": {"shape": [1], "shape": [2]}}', None, "shape: is in the header more than once"),
     ("three offsets", one(offsets=(0, 4, 8)), None, "w: the header lacks dtype, shape or data_offsets"),
     ("unknown dtype", one("F4"), None, "w: dtype F4, wanted one of F64, F32"),
     ("wrong length", one(offsets=(0, 7)), None, r"w: bytes 0 to 7 do not hold F32 \[2\]"),

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from small_checkpoint import PROJECTIONS, TEXT, contents, raw, read, tensors_of, write_source
+from small_checkpoint import PROJECTIONS, TEXT, contents, raw, read, refused, tensors_of, write_source
 
 from quantize import Settings, run
 from quantize.layout import GROUPS, expert_shapes
@@ -132,13 +132,19 @@ def test_fp8_source_gives_the_bytes_of_its_dequantized_weights(tmp_path):
     assert json.loads((tmp_path / "a/config.json").read_text())["quantization_config"]["quant_method"] == "modelopt"
 
 
-def test_released_names_prefix_the_body_but_not_head_and_mtp(source, tmp_path):
-    run(source, tmp_path / "out", Settings(names="released"))
+def test_released_names_prefix_the_body_but_not_head_and_mtp(tmp_path):
+    assert run("bundled", tmp_path / "out", Settings(names="released")).problems == []
     names = read(tmp_path / "out").keys()
-    assert {"model.language_model.norm.weight", "lm_head.weight", "model.layers.3.eh_proj.weight"} <= names
-    bare = {n for n in names if not n.startswith("model.language_model.")}
-    assert all(n == "lm_head.weight" or n.startswith("model.layers.3.") for n in bare)
-    assert "model.language_model.layers.2.moe.up_proj.weight_scale_2" in names
+    assert {"model.language_model.norm.weight", "lm_head.weight", "model.layers.8.eh_proj.weight"} <= names
+    bare = {n for n in names if not n.startswith(("model.language_model.", "model.vi"))}
+    assert all(n == "lm_head.weight" or re.match(r"model\.layers\.(8|9|10)\.", n) for n in bare)
+    assert "model.language_model.layers.3.moe.up_proj.weight_scale_2" in names
+
+
+def test_released_names_are_refused_for_a_model_of_text_alone(source, tmp_path, capsys):
+    line = refused(capsys, 2, source, tmp_path / "out", "--names", "released")
+    assert line.startswith(f"error: names: got released, but {source} is a model of text alone")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bundled_checkpoint_converts_with_its_side_files_but_no_code(source, converted, tmp_path, capsys):

@@ -29,9 +29,9 @@ def test_dry_run_says_what_the_run_reads_and_writes_and_leaves_nothing(source, t
 
 def test_plan_names_each_tensor_its_action_and_its_file(source, capsys):
     checkpoint = Checkpoint(source)
-    found = actions(make_plan(checkpoint, Settings(names="released")))
+    found = actions(make_plan(checkpoint, Settings()))
     assert sum(a.read for a in found) == sum(e.end - e.begin for e in checkpoint.entries.values())
-    gate = next(a for a in found if a.name == "model.language_model.layers.1.moe.gate_proj.weight")
+    gate = next(a for a in found if a.name == "model.layers.1.moe.gate_proj.weight")
     elements = 4 * 144 * 192
     assert (gate.what, gate.tensor) == ("quantize", "BF16 [4, 144, 192]")
     assert (gate.read, gate.written) == (2 * elements, elements // 2 + elements // 16 + 4 * 4)

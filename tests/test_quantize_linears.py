@@ -22,6 +22,7 @@ from step_kernels.nvfp4 import NVFP4Weight
 from step_kernels.testing import relative_error
 
 LINEARS, WITH_HEAD = Settings(recipe="linears"), Settings(recipe="linears", lm_head=True)
+WITH_DRAFTS = Settings(recipe="linears", lm_head=True, mtp=True)
 ATTENTION, MLP = (("q_proj", "k_proj", "v_proj"), ("o_proj",)), (("gate_proj", "up_proj"), ("down_proj",))
 # Layer 0 is dense, 1 and 2 have experts, 3 is the MTP layer.
 GROUPS = [
@@ -195,7 +196,7 @@ def test_lm_head_is_quantized_and_taken_off_the_exclude_list_on_request_only(sou
     assert "lm_head" in refused(capsys, 2, source, tmp_path / "other", "--lm-head")
 
 
-@pytest.mark.parametrize("settings", [LINEARS, WITH_HEAD], ids=["linears", "lm_head"])
+@pytest.mark.parametrize("settings", [LINEARS, WITH_HEAD, WITH_DRAFTS], ids=["linears", "lm_head", "mtp"])
 def test_bundled_model_in_linears_computes_what_its_decoded_weights_compute(settings, tmp_path):
     assert run("bundled", tmp_path / "out", settings).problems == []
     out, plain = read(tmp_path / "out"), {}
@@ -220,6 +221,8 @@ def test_bundled_model_in_linears_computes_what_its_decoded_weights_compute(sett
         packed.lm_head,
     ]
     assert [isinstance(w, NVFP4Weight) for w in linears] == [True] * 5 + [settings.lm_head]
+    drafts = [w for layer in packed.mtp for w in (layer.decoder.attention.o, layer.decoder.ffn.down, layer.head)]
+    assert [isinstance(w, NVFP4Weight) for w in drafts] == [settings.mtp] * 9
     tokens = torch.randint(13, packed.config.vocab_size, (1, 60), generator=torch.Generator().manual_seed(4))
     assert relative_error(packed(tokens), decoded(tokens)) < 1e-6
     assert relative_error(packed(tokens), exact(tokens)) > 1e-3

@@ -11,8 +11,9 @@ import torch
 from small_checkpoint import PROJECTIONS, TEXT
 
 from quantize import Settings
+from quantize.engines import ENGINES, Excludes, modules
 from quantize.layout import expert_shapes, tensor_shapes
-from quantize.modelopt import is_excluded, released_name
+from quantize.modelopt import layer_number, released_name
 from quantize.plan import make_plan
 from step_kernels.model.checkpoint import Checkpoint, Entry
 from step_kernels.model.config import StepConfig
@@ -75,6 +76,19 @@ def test_real_plan_has_the_released_tensor_and_element_counts():
     assert shard["model.language_model.layers.44.moe.down_proj.weight_scale"] == ("F8_E4M3", (288, 4096, 80))
 
 
+def test_real_plan_for_compressed_tensors_has_four_tensors_for_each_of_36288_matrices_of_experts():
+    plan, _ = real_plan("source", format="compressed-tensors")
+    stacked, _ = real_plan("source")
+    (shard,), (other,) = plan.shards.values(), stacked.shards.values()
+    experts = {name: of for name, of in shard.items() if ".moe.experts." in name}
+    assert len(experts) == 145_152 == 4 * 36_288 and len(shard) == 145_152 + 1939 - 504
+    assert elements(shard.values()) == elements(other.values())
+    name = "model.layers.44.moe.experts.287.down_proj."
+    assert shard[f"{name}weight_packed"] == ("U8", (4096, 640))
+    assert shard[f"{name}weight_scale"] == ("F8_E4M3", (4096, 80))
+    assert shard[f"{name}weight_global_scale"] == shard[f"{name}input_global_scale"] == ("F32", (1,))
+
+
 def released_ignore() -> list[str]:
     body = "model.language_model.layers"
     moe = [f"{body}.{i}.{p}" for i in range(3, 45) for p in ("moe.gate", "self_attn*", "share_expert*")]
@@ -93,46 +107,47 @@ def test_exclude_list_holds_the_releases_138_patterns():
     assert {respelt.get(p, p) for p in released} <= set(plan.patterns)
 
 
+def built_quantized(engine: str, plan) -> set[str]:
+    """The weights, but the experts', that an engine would build in NVFP4 by the plan's exclude list."""
+    rules = Excludes(engine, plan.patterns, True)
+    return {w for m in modules(engine, plan.config) if not rules.leaves_out(m) for w in m.weights if ".moe." not in w}
+
+
 @pytest.mark.parametrize("names", ["source", "released"])
-def test_engines_matcher_excludes_every_linear_but_no_expert(names):
-    plan, entries = real_plan(names)
-    linears = [n for n, e in entries.items() if len(e.shape) == 2 and n.endswith("weight") and "embed_tokens" not in n]
-    spell = (lambda n: n) if names == "source" else (lambda n: released_name(n, plan.config))
-    modules = [re.sub(r"[._]weight$", "", spell(n)) for n in linears]
-    assert len(modules) == 1 + 45 * 5 + 3 * 3 + 42 * 4 + 3 * (5 + 3 + 2) + 47 * 4 + 1
-    assert [m for m in modules if not is_excluded(m, plan.patterns)] == []
-    experts = [spell(f"model.layers.{i}.moe.experts") for i in range(3, 45)]
-    assert [m for m in experts if is_excluded(m, plan.patterns)] == []
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_exclude_every_linear_but_no_expert(engine, names):
+    plan, _ = real_plan(names)
+    assert built_quantized(engine, plan) == set()
+    rules = Excludes(engine, plan.patterns, True)
+    experts = [m for m in modules(engine, plan.config) if m.name.endswith(".experts")]
+    assert len(experts) == 42 and not any(rules.leaves_out(m) for m in experts)
     # By globs alone, as TensorRT-LLM matches, the stacked tensors' own module names are not excluded either.
+    spell = (lambda n: n) if names == "source" else (lambda n: released_name(n, plan.config))
     stacks = [spell(f"model.layers.{i}.moe.{p}") for i in range(3, 45) for p in PROJECTIONS]
     assert [m for m in stacks if any(fnmatchcase(m, p) for p in plan.patterns)] == []
 
 
 @pytest.mark.parametrize("names", ["source", "released"])
 @pytest.mark.parametrize("lm_head", [False, True])
-def test_engines_matcher_excludes_exactly_what_the_linears_recipe_leaves_alone(names, lm_head):
-    plan, entries = real_plan(names, recipe="linears", lm_head=lm_head)
-    (shard,) = plan.shards.values()
-    spell = (lambda n: n) if names == "source" else (lambda n: released_name(n, plan.config))
-    linears = {spell(n): n for n, e in entries.items() if len(e.shape) == 2 and re.search(r"[._]weight$", n)}
-    linears.pop(spell("model.embed_tokens.weight"))
-    quantized = {n for n in linears if shard[n][0] == "U8"}
-    assert len(quantized) == 45 * 4 + 45 * 3 + lm_head  # attention, then dense MLPs and share experts
-    left = {linears[n] for n in linears.keys() - quantized if "vision" not in n and "vit_large" not in n}
-    in_trunk = {re.sub(r"\d+", "N", n) for n in left if int((re.findall(r"\d+", n) or [0])[0]) < 45}
-    gates = {"model.layers.N.self_attn.g_proj.weight", "model.layers.N.moe.gate.weight"}
-    assert in_trunk == (gates if lm_head else {*gates, "lm_head.weight"})
-
-    def engine(name):  # q, k, v and gate, up are fused; vLLM moves the share expert below moe
-        module = re.sub(r"[._]weight$", "", name).replace(".share_expert.", ".moe.share_expert.")
-        return re.sub(
-            r"[qkv]_proj$", "qkv_proj", re.sub(r"(mlp|share_expert)\.(gate|up)_proj$", r"\1.gate_up_proj", module)
-        )
-
-    modules = {engine(n) for n in quantized} | {spell(f"model.layers.{i}.moe.experts") for i in range(3, 45)}
-    assert len(modules) == 45 * 2 + 45 * 2 + lm_head + 42
-    assert [m for m in modules if is_excluded(m, plan.patterns)] == []
-    assert [m for m in map(engine, linears.keys() - quantized) if not is_excluded(m, plan.patterns)] == []
+@pytest.mark.parametrize("mtp", [False, True])
+@pytest.mark.parametrize("recipe", ["linears", "experts"])
+def test_engines_exclude_exactly_what_the_recipe_leaves_alone(names, lm_head, mtp, recipe):
+    if recipe == "experts" and lm_head:
+        return  # refused
+    plan, entries = real_plan(names, recipe=recipe, lm_head=lm_head, mtp=mtp)
+    quantized = {w for group in plan.groups for w in group.weights if ".moe." not in w}
+    assert len(quantized) == (recipe == "linears") * 45 * 7 + lm_head + mtp * 3 * (7 + lm_head)
+    trunk = {n for n in quantized if (layer_number(n) or 0) < 45}
+    assert built_quantized("vLLM", plan) == quantized and built_quantized("SGLang", plan) == trunk
+    left = {n for n, e in entries.items() if len(e.shape) == 2 and n.endswith(".weight")} - quantized
+    kinds = {re.sub(r"\d+", "N", n) for n in left if not n.startswith("vi") and (layer_number(n) or 0) < 45}
+    small = {"model.layers.N.self_attn.g_proj.weight", "model.layers.N.moe.gate.weight", "model.embed_tokens.weight"}
+    if recipe == "linears":
+        assert kinds == (small if lm_head else {*small, "lm_head.weight"})
+    if mtp:
+        drafts = {re.sub(r".*layers\.\d+\.", "", n) for n in left if (layer_number(n) or 0) >= 45}
+        head = set() if lm_head else {"transformer.shared_head.output.weight"}
+        assert drafts == {"self_attn.g_proj.weight", "eh_proj.weight", *head}
 
 
 def test_linears_recipe_stores_trunk_but_mtp_and_vision_at_four_and_a_half_bits():
@@ -145,9 +160,3 @@ def test_linears_recipe_stores_trunk_but_mtp_and_vision_at_four_and_a_half_bits(
     assert found["U8"] == (experts + linears) // 2 and found["F8_E4M3"] == (experts + linears) // 16
     assert found["BF16"] == 11_111_674_624 - linears
     assert shard["model.layers.1.self_attn.q_proj.weight_scale"] == ("F8_E4M3", (96 * 128, 256))
-
-
-def test_matcher_takes_an_undotted_layer_number_for_ten_layers():
-    modules = [f"model.layers.{i}.moe.experts" for i in range(20)]
-    assert [is_excluded(m, ["model.layers.1*"]) for m in modules] == [i == 1 or i >= 10 for i in range(20)]
-    assert [is_excluded(m, ["model.layers.1.*"]) for m in modules] == [i == 1 for i in range(20)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import random
 import sys
@@ -15,6 +16,7 @@ from test_quantize_release import real_plan
 
 pytest.importorskip("vllm")
 
+import test_vllm_model  # noqa: E402
 from test_vllm_layers import vllm_config  # noqa: E402, F401
 from test_vllm_model import released  # noqa: E402, F401
 
@@ -116,3 +118,45 @@ def test_names_said_to_be_loadable_are_those_that_vllm_maps_to_their_parameters(
     assert found["model.language_model.norm.weight"] and not found["model.lm_head.weight"]
     text = dataclasses.replace(plan.config, vision=None)
     assert [s for s, n in spellings(names[:3]) if is_loadable(s, n, text)] == names[:3]
+
+
+@pytest.fixture
+def drafts_too(monkeypatch):
+    """Has `released` convert the MTP layers and all heads as well."""
+    monkeypatch.setattr(
+        test_vllm_model, "real_plan", functools.partial(real_plan, recipe="linears", lm_head=True, mtp=True)
+    )
+
+
+@pytest.mark.parametrize("released", ["source", "released"], indirect=True)
+def test_draft_model_copies_every_element_of_quantized_mtp_layers_into_every_parameter(
+    drafts_too,
+    released,  # noqa: F811
+    monkeypatch,
+):
+    packed = [n for n, t in released.tensors.items() if t.dtype == torch.uint8 and test_vllm_model.is_mtp(n)]
+    assert len(packed) == 3 * (4 + 3 + 1)
+    test_vllm_model.test_vllms_mtp_model_copies_every_element_of_its_layers_into_every_parameter(released, monkeypatch)
+
+
+@pytest.mark.parametrize("settings", [{}, {"recipe": "linears"}, {"recipe": "linears", "lm_head": True, "mtp": True}])
+def test_vllm_finds_a_scheme_of_compressed_tensors_for_exactly_what_is_quantized(settings):
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    plan, _ = real_plan("source", format="compressed-tensors", **settings)
+    config = CompressedTensorsConfig.from_config(plan.quantization["config.json"])
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    config.packed_modules_mapping |= {"gate_up_proj": ["gate_proj", "up_proj"]}
+    classes = {name: type(name, (torch.nn.Module,), {}) for name in ("Linear", "ParallelLMHead", "RoutedExperts")}
+    quantized = {w for group in plan.groups for w in group.weights}
+    for module in modules("vLLM", plan.config):
+        names, kind = [module.name], "Linear"
+        if module.name.endswith("experts"):
+            names, kind = [f"{module.name}.0.{p}_proj" for p in ("gate", "up", "down")], "RoutedExperts"
+            config._add_fused_moe_to_target_scheme_map()
+        elif module.name.endswith(("lm_head", "shared_head.head")):
+            kind = "ParallelLMHead"
+        found = [config.get_scheme_dict(classes[kind](), name) is not None for name in names]
+        assert found == [module.weights[0] in quantized] * len(names), module.name
+    table = type("VocabParallelEmbedding", (torch.nn.Module,), {})()
+    assert config.get_scheme_dict(table, "language_model.model.embed_tokens") is None

@@ -10,7 +10,9 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -110,6 +112,15 @@ def read_piece(piece: Piece, out: Tensor | None = None) -> Tensor:
     return buffer
 
 
+def _once(file: Path, pairs: list[tuple[str, object]]) -> dict:
+    """A header's object; of a key given twice json would keep the last, and a tensor would be lost unseen."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise CheckpointError(f"{file}: {key}: is in the header more than once")
+    return found
+
+
 def read_header(file: Path) -> tuple[dict[str, Entry], dict]:
     """Entries of one safetensors file under their stored names, checked against the file's size; its metadata."""
     try:
@@ -121,7 +132,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict]:
             (length,) = struct.unpack("<Q", start)
             if length > min(size - 8, _HEADER_MAX):
                 raise CheckpointError(f"{file}: header length {length} exceeds the file ({size} bytes) or the limit")
-            header = json.loads(f.read(length))
+            header = json.loads(f.read(length), object_pairs_hook=partial(_once, file))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: not found") from None
     except OSError as e:
@@ -194,6 +205,9 @@ class Checkpoint:
         try:
             return self.entries[name]
         except KeyError:
+            if any(other.endswith(".weight_packed") for other in self.entries):
+                wanted = "wanted BF16, FP8 or modelopt's NVFP4"
+                raise CheckpointError(f"{self.folder}: holds compressed-tensors' layout, {wanted} ({name})") from None
             raise CheckpointError(f"{self.folder}: tensor {name} is missing") from None
 
     def read(self, name: str, begin: int | None = None, end: int | None = None) -> Tensor:
