@@ -720,6 +720,10 @@ __device__ inline void attend_alone(const Attention& a, const Maps& maps, const 
       highest[i] = top;
       total[i] *= before[i];
     }
+    if constexpr (N > 16) {  // now, for want of registers
+#pragma unroll
+      for (int n = 0; n < N / 2; ++n) out[0][n] *= before[n / 4 * 2 + n % 2], out[1][n] *= before[n / 4 * 2 + n % 2];
+    }
 #pragma unroll
     for (int r = 0; r < T; ++r) {
 #pragma unroll
@@ -777,7 +781,7 @@ __device__ inline void attend_alone(const Attention& a, const Maps& maps, const 
 #pragma unroll
         for (int n = 0; n < N / 2; ++n) {
           float& sum = out[half + k][n];
-          sum = sum * before[n / 4 * 2 + n % 2] + d[0][k][n];
+          sum = (N <= 16 ? sum * before[n / 4 * 2 + n % 2] : sum) + d[0][k][n];
           if constexpr (T == 2) sum += d[1][k][n];
         }
       }
