@@ -117,7 +117,10 @@ def quantize_for_inputs(
             continue
         for some in zip(*ranges[begin:end]):  # a linear's rows, or an expert each
             x = torch.stack([matrices.read_piece(checkpoint, weight, *rows, device)[0] for rows in some])
-            packed, chosen = search(x, scales, hessians)
+            try:
+                packed, chosen = search(x, scales, hessians)
+            except torch.linalg.LinAlgError as e:
+                raise CheckpointError(f"{weight}: its inputs' Hessian cannot be factored: {e}") from None
             for i, (first, _) in enumerate(some):
                 codes, blocks = packed[i].cpu(), chosen[i].view(torch.uint8).cpu()
                 output.write(begin + i, first - ranges[begin + i][0][0], codes, blocks)

@@ -140,6 +140,12 @@ def test_other_calibration_data_is_another_conversion(made, data, tmp_path, monk
         run(BUNDLED, tmp_path / "m", Settings(search="gptq", calibration=tmp_path / "other.npy"), resume=True)
 
 
+def test_a_hessian_that_cannot_be_factored_is_one_line(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("quantize.hessian.DAMPING", -2.0)
+    with pytest.raises(CheckpointError, match=r"moe\.\w+_proj\.weight: its inputs' Hessian cannot be factored"):
+        run(BUNDLED, tmp_path / "m", Settings(search="gptq", calibration=data))
+
+
 @pytest.mark.parametrize("search", ["hessian", "gptq"])
 def test_searches_by_hessians_ask_for_calibration_data(search, tmp_path, capsys):
     assert main(["bundled", str(tmp_path / "m"), "--search", search]) == 2
