@@ -24,6 +24,15 @@ from quantize.engines import Excludes, SplitModule, modules  # noqa: E402
 from quantize.serving import is_loadable  # noqa: E402
 
 
+def is_old():
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    return not hasattr(WeightsMapper, "map_name")
+
+
+later = pytest.mark.skipif(is_old(), reason="vLLM 0.25 maps names otherwise and builds the drafts' heads plain")
+
+
 @pytest.fixture
 def classes(monkeypatch):
     """vLLM's Step-3.7 and Step-3.5 models."""
@@ -106,6 +115,7 @@ def test_split_projections_raise_as_in_vllm():
         Excludes("vLLM", ["model.layers.4.self_attn.q_proj"], True).leaves_out(qkv)
 
 
+@later
 def test_names_said_to_be_loadable_are_those_that_vllm_maps_to_their_parameters(classes):
     plan, _ = real_plan("source")
     names = ["lm_head.weight", "model.norm.weight", "model.layers.3.moe.up_proj.weight_scale_2"]
@@ -128,6 +138,7 @@ def drafts_too(monkeypatch):
     )
 
 
+@later
 @pytest.mark.parametrize("released", ["source", "released"], indirect=True)
 def test_draft_model_copies_every_element_of_quantized_mtp_layers_into_every_parameter(
     drafts_too,
