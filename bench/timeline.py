@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _BIG = ("linear", "gate_up", "down", "attention", "gemm", "nvjet")  # the last two are cuBLAS's
-_SMALL = ("linear_split", "attention_window", "attention_rows")
+_SMALL = ("linear_split", "attention_window")
 
 
 def is_big(kernel: str) -> bool:

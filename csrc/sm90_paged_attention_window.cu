@@ -876,7 +876,7 @@ __device__ inline void paged_attention_rows(const Attention& a, const Maps& maps
   KERNEL(window_##columns##_##cluster, __cluster_dims__(cluster, 1, 1) __launch_bounds__(kThreads, blocks),            \
          (paged_attention_window<Shape<columns, cluster, tiles, blocks>>))
 #define ROWS(columns, groups)                                                                                          \
-  KERNEL(rows_##columns##_##groups, __launch_bounds__(groups* kWarpgroup, 4 / groups),                                 \
+  KERNEL(window_rows_##columns##_##groups, __launch_bounds__(groups* kWarpgroup, 4 / groups),                          \
          (paged_attention_rows<Stream<columns, groups>>))
 
 CLUSTER(8, 2, 5, 3)

@@ -19,7 +19,7 @@ def test_linears_experts_and_full_attention_are_big(kernel):
 @pytest.mark.parametrize(
     "kernel",
     ["smxx_rms_norm_bf16_3_1", "smxx_kv_append_e4m3_4_1", "sm90_paged_attention_window_16_8",
-     "sm90_paged_attention_rows_8_2", "smxx_swiglu",
+     "sm90_paged_attention_window_rows_8_2", "smxx_swiglu",
      "smxx_moe_router_one_i9", "sm90_fp8_linear_split", "sm90_nvfp4_moe_sum", "Memcpy DtoH (Device -> Pinned)"],
 )  # fmt: skip
 def test_what_lies_between_them_is_not(kernel):

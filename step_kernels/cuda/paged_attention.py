@@ -68,7 +68,7 @@ WINDOW_VARIANTS = {
 }  # fmt: skip
 ROW_VARIANTS = {
     (columns, warpgroups): Kernel(
-        "sm90_paged_attention_window", f"sm90_paged_attention_rows_{columns}_{warpgroups}", _WINDOW_PARAMETERS,
+        "sm90_paged_attention_window", f"sm90_paged_attention_window_rows_{columns}_{warpgroups}", _WINDOW_PARAMETERS,
         _rows_bytes(columns, warpgroups), dependent=True,
     )
     for columns in THREADS
