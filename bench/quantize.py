@@ -5,6 +5,7 @@ The disk's own rates are measured in the same run, by threads that only read, or
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -17,37 +18,52 @@ from pathlib import Path
 
 import torch
 
-from quantize import Settings, lanes, run
-from quantize.layout import expert_shapes, tensor_shapes
+from quantize import Settings, UsageError, lanes, run
+from quantize.layout import FP8_BLOCK, expert_shapes, inverse_scale_shape, tensor_shapes
 from quantize.matrices import quantize_piece
 from quantize.shards import Shard
 from step_kernels import nvfp4
 from step_kernels.cli import Parser
+from step_kernels.model.checkpoint import CheckpointError
 from step_kernels.model.config import StepConfig
 
 from .release import released
 
-RELEASE = 402e9  # bytes of Step-3.7-Flash in BF16
+RELEASE = {False: 402e9, True: 212.5e9}  # bytes of Step-3.7-Flash in BF16, and with its experts in FP8
 BLOCK = 16 << 20
 THREADS = 8  # that read or write at a time when the disk is measured
 MODELOPT = "modelopt.torch.quantization.qtensor.nvfp4_tensor"
 
 
-def make_source(folder: Path, layers: int, experts: int) -> int:
-    """Writes `layers` MoE layers of the release after its three dense ones, embedding and head; gives the bytes."""
+def make_source(folder: Path, layers: int, experts: int, fp8: bool = False) -> int:
+    """Writes `layers` MoE layers of the release after its three dense ones, embedding and head; gives the bytes.
+
+    With `fp8` the experts are e4m3 with a scale for 128 x 128 weights, as in the FP8 release.
+    """
     config = released(layers + 3)["text_config"] | {"moe_num_experts": experts, "num_nextn_predict_layers": 0}
     config["moe_top_k"] = min(config["moe_top_k"], experts)
-    shapes = tensor_shapes(StepConfig.from_dict(config)) | expert_shapes(StepConfig.from_dict(config))
+    routed = expert_shapes(StepConfig.from_dict(config))
+    shapes = tensor_shapes(StepConfig.from_dict(config)) | routed
+    if fp8:
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
+        shapes |= {f"{name}_scale_inv": inverse_scale_shape(shape) for name, shape in routed.items()}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    noise = (torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16().view(torch.uint8).numpy()
+    noise = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
+    values = {
+        "BF16": (noise * 0.02).bfloat16(),
+        "F8_E4M3": (noise * 100).clamp(-448, 448).to(torch.float8_e4m3fn),
+        "F32": noise[: 1 << 20].abs() * 2e-4,
+    }
+    values = {dtype: t.view(torch.uint8).numpy() for dtype, t in values.items()}
     total = 0
     for i in range(layers + 3):  # as the release: a shard a layer, the rest in the first
         names = [n for n in shapes if n.startswith(f"model.layers.{i}.") or (i == 0 and ".layers." not in n)]
-        types = {name: ("F32" if name.endswith("router_bias") else "BF16", shapes[name]) for name in names}
+        types = {name: (_dtype(name, fp8 and name in routed), shapes[name]) for name in names}
         shard = Shard(folder / f"model-{i:05}.safetensors", types, {"format": "pt"})
         for name in names:
-            _in_blocks(_bytes(types[name]), lambda at, n, put=shard.write, name=name: put(name, noise[:n], at))
+            put, data = functools.partial(shard.write, name), values[types[name][0]]
+            _in_blocks(_bytes(types[name]), lambda at, n, put=put, data=data: put(data[:n], at))
         shard.finish()
         total += shard.data_size
     return total
@@ -119,8 +135,12 @@ def _in_blocks(size: int, call: Callable[[int, int], object]) -> float:
     return time.perf_counter() - start
 
 
+def _dtype(name: str, fp8: bool) -> str:
+    return "F8_E4M3" if fp8 else "F32" if name.endswith(("router_bias", "_scale_inv")) else "BF16"
+
+
 def _bytes(tensor: tuple[str, tuple[int, ...]]) -> int:
-    return torch.Size(tensor[1]).numel() * (4 if tensor[0] == "F32" else 2)
+    return torch.Size(tensor[1]).numel() * {"F32": 4, "BF16": 2, "F8_E4M3": 1}[tensor[0]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -132,15 +152,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="a new folder; 1.5 times the source's size, and gone afterwards")
     parser.add_argument("--layers", type=int, default=2, help="MoE layers, 9.06 GB each (default: %(default)s)")
     parser.add_argument("--experts", type=int, default=288, help="experts of each (default: %(default)s)")
+    parser.add_argument("--fp8", action="store_true", help="experts in FP8, as the FP8 release has them")
     parser.add_argument("--search", choices=nvfp4.SEARCHES, default="mse", help="(default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as quantize.nvfp4's")
     options = parser.parse_args(arguments)
     source, target = options.folder / "source", options.folder / "target"
-    devices = lanes.devices(options.device)
-    for name, rate in search_rates(devices[0]).items():
-        print(f"{name}, one lane on {devices[0]}: {rate / 1e9:.3f} GB/s of bf16", flush=True)
     try:
-        size = make_source(source, options.layers, options.experts)
+        device = lanes.devices(options.device)[0]
+        options.folder.mkdir(parents=True)  # what goes away afterwards is this run's own
+    except UsageError as e:
+        parser.error(str(e))
+    except OSError as e:
+        parser.error(f"folder: {options.folder}: {e.strerror}, wanted a new folder")
+    try:
+        for name, rate in search_rates(device).items():
+            print(f"{name}, one lane on {device}: {rate / 1e9:.3f} GB/s of bf16", flush=True)
+        size = make_source(source, options.layers, options.experts, options.fp8)
         reading = read_rate(source)
         print(f"source of {size / 1e9:.2f} GB; disk reads {reading / 1e9:.2f} GB/s", flush=True)
         writing = write_rate(options.folder, size // 4)
@@ -157,8 +184,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print(
             f"peak memory {done.host_peak / 1e9:.2f} GB, of a GPU {done.gpu_peak / 1e9:.2f} GB; "
-            f"{RELEASE / 1e9:.0f} GB at this rate: {RELEASE / into:.0f} s"
+            f"{RELEASE[options.fp8] / 1e9:.1f} GB at this rate: {RELEASE[options.fp8] / into:.0f} s"
         )
+    except (CheckpointError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
     finally:
         shutil.rmtree(options.folder, ignore_errors=True)
     return 0
