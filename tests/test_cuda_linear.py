@@ -12,6 +12,7 @@ import torch
 import step_kernels as sk
 from step_kernels import registry
 from step_kernels.cuda import linear as launcher
+from step_kernels.cuda import tensor_map
 from step_kernels.testing import assert_close_to_reference, relative_error
 
 gpu = pytest.mark.gpu
@@ -159,7 +160,7 @@ def test_a_paired_map_goes_through_8_rows_of_gate_then_8_of_up(monkeypatch):
             made.append((list(sizes)[:rank], [1, *list(strides)[: rank - 1]], list(box)[:rank]))
             return 0
 
-    monkeypatch.setattr(launcher, "_libcuda", lambda: Driver)
+    monkeypatch.setattr(tensor_map, "_libcuda", lambda: Driver)
     weight = torch.arange(48 * 64, dtype=torch.int16).view(48, 64)
     launcher.tensor_map.__wrapped__(4096, 48, 64, 128, 2, 64, 32, True, True)
     (sizes, strides, box), *_ = made

@@ -63,7 +63,7 @@ def launched(monkeypatch) -> list[str]:
     for module in (nvfp4_linear, nvfp4_moe):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
         monkeypatch.setattr(module, "partials", lambda device: torch.empty(132 * 512, dtype=torch.int32, device="meta"))
-    monkeypatch.setattr(nvfp4_prefill, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(nvfp4_prefill, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(nvfp4_prefill, "tensor_map", lambda *_: (0,) * 16)
     return symbols
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .driver import Kernel
-from .nvfp4_linear import multiprocessors
+from .driver import Kernel, multiprocessors
 
 _ARGUMENTS = "P" * 7 + "qii"
 BEST, DRAWN = (Kernel("smxx_choose", f"smxx_choose_{how}", _ARGUMENTS, dependent=True) for how in ("best", "drawn"))

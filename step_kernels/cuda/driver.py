@@ -98,6 +98,12 @@ class Kernel:
 
 
 @functools.cache
+def multiprocessors(device: int) -> int:
+    """Of the GPU of that index."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def cubin(source: Path, target: str) -> bytes:
     """The file's cubin for `target` ("90a"), compiled and kept in the user's cache if neither it nor csrc has it."""
     name = build.cubin_name(source, target)

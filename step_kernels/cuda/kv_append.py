@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from .driver import Kernel
+from .driver import Kernel, multiprocessors
 
 MOST_DIM = 128
 _GROUP = 8  # values that lie together: a load of 16 bytes
@@ -60,9 +58,9 @@ def launch(
     """As ops.kv_append; `tile`, one of TILES, follows from the shapes if not given."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     tokens, q_heads, dim = q.shape
-    kv_heads, multiprocessors = k.shape[1], _multiprocessors(q.device.index)
-    tile = tile or variant(tokens, q_heads, kv_heads, multiprocessors)
-    grid, warps, q_warps, k_warps = shape(tokens, q_heads, kv_heads, tile, multiprocessors)
+    kv_heads, processors = k.shape[1], multiprocessors(q.device.index)
+    tile = tile or variant(tokens, q_heads, kv_heads, processors)
+    grid, warps, q_warps, k_warps = shape(tokens, q_heads, kv_heads, tile, processors)
     if 0 in grid:
         return out
     norms = [_loads_by_16_bytes(x) for x in (q_norm, k_norm)]
@@ -98,11 +96,6 @@ def _token_warps(q_heads: int, kv_heads: int, tile: tuple[int, int]) -> tuple[in
     chunk, rounds = tile
     q_warps, k_warps = (-(-heads // (chunk // 2 * rounds)) for heads in (q_heads, kv_heads))
     return q_warps + 2 * k_warps, q_warps, k_warps
-
-
-@functools.cache
-def _multiprocessors(device: int | None) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _loads_by_16_bytes(norm: Tensor) -> Tensor:

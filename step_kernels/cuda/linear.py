@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import math
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .driver import Kernel
+from .driver import Kernel, multiprocessors
+from .tensor_map import encode
 
 MOST_TOKENS = 64
 # More go to cuBLAS in bf16, faster on an H200: at 64 tokens a decode step of 6 layers took 2.81 ms here, 2.72 there.
@@ -208,11 +208,6 @@ def _pool(device: int) -> tuple[dict[int, Tensor], list[Tensor]]:
     return {}, []
 
 
-@functools.cache
-def multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _copyable(x: Tensor) -> bool:
     """Whether the copy engine can go through x [m, k]: rows without overlap, each at a multiple of 16 bytes."""
     apart = x.stride(0) >= x.shape[1] and x.stride(0) * x.itemsize % 16 == 0
@@ -230,27 +225,11 @@ def tensor_map(
 ) -> tuple[int, ...]:  # fmt: skip
     """How the copy engine goes through [rows, columns] of bf16 or bytes, `stride` bytes a row: zeros outside. `paired`:
     as [rows / 16, 2, 8, columns], 8 rows of the first half and 8 of the second in turn."""
-    buffer = (ctypes.c_uint64 * 24)()
-    at = -(-ctypes.addressof(buffer) // 64) * 64  # the driver takes maps at multiples of 64 bytes alone
     sizes, strides, box = (columns, rows), (stride,), (box_columns, box_rows)
     if paired:
         sizes, strides = (columns, 8, 2, rows // 16), (stride, rows // 2 * stride, 8 * stride)
         box = (box_columns, 8, 2, box_rows // 16)
-    dtype, swizzle = {1: 0, 2: 9}[itemsize], 3 if swizzled else 0  # values of cuda.h's enums: by 128 bytes
-    plain, promote_256, zeros = 0, 3, 0
-    error = _libcuda().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(at), dtype, len(sizes), ctypes.c_void_p(address), (ctypes.c_uint64 * 4)(*sizes),
-        (ctypes.c_uint64 * 4)(*strides), (ctypes.c_uint32 * 4)(*box), (ctypes.c_uint32 * 4)(1, 1, 1, 1), plain, swizzle,
-        promote_256, zeros,
-    )  # fmt: skip
-    if error:
-        raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for [{rows}, {columns}] x {itemsize} bytes")
-    return tuple((ctypes.c_int64 * 16).from_address(at))
-
-
-@functools.cache
-def _libcuda():
-    return ctypes.CDLL("libcuda.so.1")
+    return encode(address, itemsize, sizes, strides, box, 128 * swizzled)
 
 
 def _name(dtype: torch.dtype) -> str:

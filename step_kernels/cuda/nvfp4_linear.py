@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import nvfp4_prefill
-from .driver import Kernel
+from .driver import Kernel, multiprocessors
 
 # To decode. The prefill kernels read the weight once for more: 8192 x 4096 at 16 tokens takes 15.7 us, not 17.3.
 MOST_TOKENS = 8
@@ -73,11 +73,6 @@ def partials(device: torch.device) -> Tensor:
     pool, taken = _pool(device.index)
     stream = torch.cuda.current_stream(device).cuda_stream
     return pool[taken.setdefault(stream, len(taken) % _STREAMS)]
-
-
-@functools.cache
-def multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from . import nvfp4_prefill
-from .driver import Kernel
-from .nvfp4_linear import BLOCKS, SHARED_BYTES, THREADS, multiprocessors, partials, rows, variant
+from .driver import Kernel, multiprocessors
+from .nvfp4_linear import BLOCKS, SHARED_BYTES, THREADS, partials, rows, variant
 
 MOST_PAIRS = 256  # (token, slot) pairs to decode, which each block sorts: 32 tokens of 8 experts
 MOST_EXPERTS = 512

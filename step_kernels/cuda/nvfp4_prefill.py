@@ -5,14 +5,12 @@ Prepared codes are u8 [..., blocks, chunks, 2048], scales u8 [..., blocks, chunk
 
 from __future__ import annotations
 
-import ctypes
-import functools
-
 import torch
 from torch import Tensor
 
-from .driver import Kernel
+from .driver import Kernel, multiprocessors
 from .nvfp4_prefill_plan import BLOCKS, HALVES_STEP, SIZES, STEP, bounds, dense_plan, moe_kernel
+from .tensor_map import encode
 
 TILE_ROWS, TILE_K = 64, 64
 BOX, MANY_OUT, HALVES_GROUP = 32, 16, 8  # tokens of one copy; of the many kernel's outputs; of a halves_ kernel's
@@ -62,19 +60,19 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor, n: in
     if out.numel() == 0 or x.numel() == 0:
         return x.new_zeros(*x.shape[:-1], n)
     blocks, chunks = codes.shape[:2]
-    multiprocessors = _multiprocessors(x.device.index)
-    name, size, splits = dense_plan(len(rows), blocks, chunks, multiprocessors)
+    processors = multiprocessors(x.device.index)
+    name, size, splits = dense_plan(len(rows), blocks, chunks, processors)
     token_tiles = -(-len(rows) // size)
     weight = (codes, scales, global_scale.contiguous())
     if name == "many":
-        _many(PLAIN[name], rows, weight, (0, 0, token_tiles, size, GROUP), out, n, multiprocessors)
+        _many(PLAIN[name], rows, weight, (0, 0, token_tiles, size, GROUP), out, n, processors)
         return out[:, :n].reshape(*x.shape[:-1], n)
     units = token_tiles * -(-size // BOX)
     partial = rows.new_empty(splits, units, blocks, TILE_ROWS * BOX, dtype=torch.float32) if splits > 1 else 0
     product, values = (_few, rows)
     if name.startswith("halves_"):
         product, values = _halves_product, _halves(rows, 0, token_tiles * size, 1)
-    product(PLAIN[name], values, weight, (0, 0, partial, token_tiles, size), splits, out, n, multiprocessors)
+    product(PLAIN[name], values, weight, (0, 0, partial, token_tiles, size), splits, out, n, processors)
     if splits > 1:
         values = (splits, len(rows), global_scale.numel(), n, out.shape[1])
         SUM.launch((blocks, units, 1), 128, partial, weight[2], out, *values)
@@ -112,7 +110,7 @@ def _moe(x, weights, ids, gate_up, down, inner_size, limit, out) -> None:
     else:
         values = sorted_rows
         GATHER.launch((tokens, 1, 1), 256, x, position, sorted_rows, x.stride(0), hidden, top_k)
-    multiprocessors = _multiprocessors(x.device.index)
+    processors = multiprocessors(x.device.index)
     limit = float("inf") if limit is None else limit
     for kernel, weight, to, columns in (
         (PAIRED[name], gate_up, inner, 32),
@@ -121,10 +119,10 @@ def _moe(x, weights, ids, gate_up, down, inner_size, limit, out) -> None:
         weight = (*weight[:2], weight[2].contiguous())
         if name == "many":
             work = (table, count, tiles, 0, 1)
-            _many(kernel, values, weight, work, to, to.shape[1], multiprocessors, limit, columns)
+            _many(kernel, values, weight, work, to, to.shape[1], processors, limit, columns)
         else:
             product, work = _halves_product if halves else _few, (table, count, 0, tiles, 0)
-            product(kernel, values, weight, work, 1, to, to.shape[1], multiprocessors, limit, columns)
+            product(kernel, values, weight, work, 1, to, to.shape[1], processors, limit, columns)
         if to is inner:
             values = _halves(inner, 0, rows, 1) if halves else inner
     COMBINE.launch((tokens, -(-hidden // 2048), 1), 256, sorted_rows, weights, position, out, hidden, top_k)
@@ -200,28 +198,7 @@ def _copyable(x: Tensor) -> Tensor:
     return x if aligned and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def tensor_map(x: Tensor, columns: int, rows: int = BOX) -> tuple[int, ...]:
     """How the copy engine goes through bf16 [m, k]: boxes of `rows` x 64 or 32 columns, swizzled, 0 outside."""
-    buffer = (ctypes.c_uint64 * 24)()
-    address = -(-ctypes.addressof(buffer) // 64) * 64  # the driver takes maps at multiples of 64 bytes alone
-    sizes, strides = (ctypes.c_uint64 * 2)(x.shape[1], x.shape[0]), (ctypes.c_uint64 * 1)(2 * x.stride(0))
-    box, steps = (ctypes.c_uint32 * 2)(columns, rows), (ctypes.c_uint32 * 2)(1, 1)
-    bf16, plain, promote_256, zeros = 9, 0, 3, 0  # values of cuda.h's enums
-    swizzle = {64: 3, 32: 2}[columns]  # by a row's 128 or 64 bytes
-    error = _libcuda().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(address), bf16, 2, ctypes.c_void_p(x.data_ptr()), sizes, strides, box, steps, plain,
-        swizzle, promote_256, zeros,
-    )  # fmt: skip
-    if error:
-        raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for bf16 {list(x.shape)}, stride {x.stride(0)}")
-    return tuple((ctypes.c_int64 * 16).from_address(address))
-
-
-@functools.cache
-def _libcuda():
-    return ctypes.CDLL("libcuda.so.1")
+    sizes, strides = (x.shape[1], x.shape[0]), (2 * x.stride(0),)
+    return encode(x.data_ptr(), 2, sizes, strides, (columns, rows), 2 * columns)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import nvfp4
-from .driver import Kernel
-from .nvfp4_linear import multiprocessors
+from .driver import Kernel, multiprocessors
 
 THREADS = 128
 BLOCKS = {"max": 8, "four-six": 6, "mse": 5}  # on a multiprocessor at once, as their registers allow

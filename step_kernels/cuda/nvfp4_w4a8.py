@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import w4a8
 from . import nvfp4_linear, nvfp4_moe, nvfp4_prefill
-from .driver import Kernel
+from .driver import Kernel, multiprocessors
 from .nvfp4_prefill import BLOCKS, COMBINE, GROUP, TILE_K, bounds, sort, tensor_map
 
 # Fewer go the way of bf16 activations, which was as fast or faster there on an H200: experts at 1024 tokens, 28 pairs
@@ -65,7 +65,7 @@ def launch_linear(x: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor
     if out.numel() == 0 or k == 0:
         return x.new_zeros(*x.shape[:-1], n)
     rows, (blocks, chunks) = nvfp4_prefill._copyable(x.reshape(-1, k)), codes.shape[:2]
-    name, size = dense_plan(len(rows), blocks, chunks, nvfp4_linear.multiprocessors(x.device.index))
+    name, size = dense_plan(len(rows), blocks, chunks, multiprocessors(x.device.index))
     tiles = -(-len(rows) // size)
     rounded = _quantize(rows, len(rows), tiles * size)
     weight = codes.contiguous(), scales.contiguous(), global_scale.contiguous()
@@ -121,7 +121,7 @@ def _product(kernel, rounded, weight, work, out, rows, limit=0.0, box_columns=64
     blocks, chunks = codes.shape[-3:-1]
     parts = global_scale.numel() // (len(codes) if codes.dim() == 4 else 1)
     row_tiles = -(-blocks // BLOCKS)
-    clusters = min(nvfp4_linear.multiprocessors(x8.device.index) // 2, work[2] * row_tiles)
+    clusters = min(multiprocessors(x8.device.index) // 2, work[2] * row_tiles)
     maps = (*tensor_map(x8.view(torch.bfloat16), TILE_K), *tensor_map(out, box_columns))  # bytes move in pairs
     values = (*work, row_tiles, blocks, chunks, parts, rows, limit)
     kernel.launch((2 * clusters, 1, 1), 384, codes, scales, global_scale, x_scales, *values, *maps)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import paged_cache, paged_prefill
-from .driver import Kernel
-from .paged_cache import DIM, MOST_REQUESTS, NAMES, multiprocessors, tensor_map
+from .driver import Kernel, multiprocessors
+from .paged_cache import DIM, MOST_REQUESTS, NAMES, tensor_map
 
 TILE = 64  # keys
 # Queries of a request and kv head that kernels for few take: in a window, or where all requests may have as many, over

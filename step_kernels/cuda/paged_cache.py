@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
 from torch import Tensor
+
+from .tensor_map import encode
 
 DIM = 128  # values of a head
 MOST_REQUESTS = 256  # of a launch
@@ -31,11 +32,6 @@ def refuse(q: Tensor, k_cache: Tensor, v_cache: Tensor, gate: Tensor | None) -> 
         apart = [stride * cache.itemsize for stride in cache.stride()[:3]]
         if cache.stride(3) != 1 or any(size % 16 for size in apart) or cache.data_ptr() % 16:
             return f"takes caches whose rows lie whole at multiples of 16 bytes, got strides {cache.stride()} in {name}"
-
-
-@functools.cache
-def multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def buffer(device: torch.device, size: int, fill: int) -> Tensor:
@@ -67,23 +63,5 @@ def tensor_map(cache: Tensor, box: int, is_operand: bool = True) -> tuple[int, .
 def _tensor_map(
     data: int, shape: tuple[int, ...], stride: tuple[int, ...], itemsize: int, box: int, is_operand: bool
 ) -> tuple[int, ...]:
-    space = (ctypes.c_uint64 * 24)()
-    address = -(-ctypes.addressof(space) // 64) * 64  # the driver takes maps at multiples of 64 bytes alone
-    sizes, strides = (
-        (ctypes.c_uint64 * 4)(*reversed(shape)),
-        (ctypes.c_uint64 * 3)(*(itemsize * n for n in reversed(stride[:3]))),
-    )
-    boxes, steps = (ctypes.c_uint32 * 4)(DIM // itemsize, box, 1, 1), (ctypes.c_uint32 * 4)(1, 1, 1, 1)
-    dtype, plain, swizzle, promote_256, zeros = {1: 0, 2: 9}[itemsize], 0, 3 * is_operand, 3, 0  # cuda.h's enums
-    error = _libcuda().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(address), dtype, 4, ctypes.c_void_p(data), sizes, strides, boxes, steps, plain, swizzle,
-        promote_256, zeros,
-    )  # fmt: skip
-    if error:
-        raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for a cache {list(shape)}, strides {list(stride)}")
-    return tuple((ctypes.c_int64 * 16).from_address(address))
-
-
-@functools.cache
-def _libcuda():
-    return ctypes.CDLL("libcuda.so.1")
+    sizes, strides = shape[::-1], tuple(itemsize * n for n in stride[2::-1])
+    return encode(data, itemsize, sizes, strides, (DIM // itemsize, box, 1, 1), 128 * is_operand)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import paged_cache
-from .driver import Kernel
-from .paged_cache import DIM, MOST_REQUESTS, NAMES, multiprocessors, tensor_map
+from .driver import Kernel, multiprocessors
+from .paged_cache import DIM, MOST_REQUESTS, NAMES, tensor_map
 
 ROWS = 128  # (token, head) pairs of a block at a time
 TILES = (128, 112)  # keys of a tile; the narrower one fits windows of 512

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .driver import Kernel
-from .nvfp4_linear import multiprocessors
+from .driver import Kernel, multiprocessors
 
 LEAST, MOST = 1024, 16384  # elements of a row; a block a row is too much for short ones, registers end at long ones
 _FETCHED_AHEAD = 4096  # up to which a block has 8 elements a thread and its next row on the way
