@@ -5,6 +5,7 @@ The disk's own rates are measured in the same run, by threads that only read, or
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import json
@@ -28,6 +29,7 @@ from step_kernels.model.checkpoint import CheckpointError
 from step_kernels.model.config import StepConfig
 
 from .release import released
+from .run import machine
 
 RELEASE = {False: 402e9, True: 212.5e9}  # bytes of Step-3.7-Flash in BF16, and with its experts in FP8
 BLOCK = 16 << 20
@@ -96,6 +98,15 @@ def write_rate(folder: Path, size: int) -> float:
         file.unlink()
 
 
+def both_rate(source: Path, folder: Path, size: int) -> float:
+    """Bytes a second of reading every shard while NVFP4's share of their `size` is written beside: the converter's."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(2) as pool:
+        for job in (pool.submit(read_rate, source), pool.submit(write_rate, folder, int(size * 4.5 / 16))):
+            job.result()
+    return size / (time.perf_counter() - start)
+
+
 def drop_caches(folder: Path) -> None:
     """Lets go of what memory holds of these files, which are on the disk."""
     for file in folder.iterdir():
@@ -116,7 +127,8 @@ def search_rates(device: torch.device) -> dict[str, float]:
         ]._quantized_data.cpu()
     except ImportError as problem:
         print(f"modelopt: not measured, {problem}")
-    rates = {}
+    rates, threads = {}, torch.get_num_threads()
+    torch.set_num_threads(1)  # as a lane has it
     for name, call in calls.items():
         call()
         start, times = time.perf_counter(), 0
@@ -124,6 +136,7 @@ def search_rates(device: torch.device) -> dict[str, float]:
             call()
             times += 1
         rates[name] = x.nbytes * times / (time.perf_counter() - start)
+    torch.set_num_threads(threads)
     return rates
 
 
@@ -143,6 +156,47 @@ def _bytes(tensor: tuple[str, tuple[int, ...]]) -> int:
     return torch.Size(tensor[1]).numel() * {"F32": 4, "BF16": 2, "F8_E4M3": 1}[tensor[0]]
 
 
+def measure(options: argparse.Namespace, device: torch.device) -> dict:
+    """Makes the source, measures the disk, converts, and prints it all; rates in bytes a second."""
+    source, target = options.folder / "source", options.folder / "target"
+    result = {name: getattr(options, name) for name in ("layers", "experts", "fp8", "search", "device")}
+    result["one lane"] = search_rates(device)
+    for name, rate in result["one lane"].items():
+        print(f"{name}, one lane on {device}: {rate / 1e9:.3f} GB/s of bf16", flush=True)
+    size = make_source(source, options.layers, options.experts, options.fp8)
+    reading = read_rate(source)
+    print(f"source of {size / 1e9:.2f} GB; disk reads {reading / 1e9:.2f} GB/s", flush=True)
+    writing = write_rate(options.folder, size // 4)
+    both = both_rate(source, options.folder, size)
+    print(f"disk writes {writing / 1e9:.2f} GB/s; doing both it reads {both / 1e9:.2f} GB/s", flush=True)
+    drop_caches(source)
+    cpu = time.process_time()
+    done = run(source, target, Settings(search=options.search), device=options.device, verify=False)
+    cpu = time.process_time() - cpu
+    into, out = done.bytes_in / done.seconds, done.bytes_out / done.seconds
+    print(
+        f"{options.search} on {options.device}: {done.seconds:.1f} s, reads {into / 1e9:.2f} GB/s "
+        f"({into / reading:.0%} of the disk's, "
+        f"{into / both:.0%} of doing both), writes {out / 1e9:.2f} GB/s ({out / writing:.0%}), "
+        f"{cpu / done.bytes_in * 1e9:.2f} CPU seconds a GB; relative MSE {done.errors.relative():.6f}"
+    )
+    print(
+        f"peak memory {done.host_peak / 1e9:.2f} GB, of a GPU {done.gpu_peak / 1e9:.2f} GB; "
+        f"{RELEASE[options.fp8] / 1e9:.1f} GB at this rate: {RELEASE[options.fp8] / into:.0f} s"
+    )
+    return result | {
+        "source bytes": size,
+        "disk": {"reads": reading, "writes": writing, "reads while writing": both},
+        "seconds": done.seconds,
+        "cpu seconds": cpu,
+        "reads": into,
+        "writes": out,
+        "host peak": done.host_peak,
+        "gpu peak": done.gpu_peak,
+        "relative mse": done.errors.relative(),
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m bench.quantize",
@@ -155,8 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fp8", action="store_true", help="experts in FP8, as the FP8 release has them")
     parser.add_argument("--search", choices=nvfp4.SEARCHES, default="mse", help="(default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="as quantize.nvfp4's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     options = parser.parse_args(arguments)
-    source, target = options.folder / "source", options.folder / "target"
     try:
         device = lanes.devices(options.device)[0]
         options.folder.mkdir(parents=True)  # what goes away afterwards is this run's own
@@ -165,27 +219,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as e:
         parser.error(f"folder: {options.folder}: {e.strerror}, wanted a new folder")
     try:
-        for name, rate in search_rates(device).items():
-            print(f"{name}, one lane on {device}: {rate / 1e9:.3f} GB/s of bf16", flush=True)
-        size = make_source(source, options.layers, options.experts, options.fp8)
-        reading = read_rate(source)
-        print(f"source of {size / 1e9:.2f} GB; disk reads {reading / 1e9:.2f} GB/s", flush=True)
-        writing = write_rate(options.folder, size // 4)
-        print(f"disk writes {writing / 1e9:.2f} GB/s", flush=True)
-        drop_caches(source)
-        cpu = time.process_time()
-        done = run(source, target, Settings(search=options.search), device=options.device, verify=False)
-        cpu = time.process_time() - cpu
-        into, out = done.bytes_in / done.seconds, done.bytes_out / done.seconds
-        print(
-            f"{options.search} on {options.device}: {done.seconds:.1f} s, reads {into / 1e9:.2f} GB/s "
-            f"({into / reading:.0%} of the disk's), writes {out / 1e9:.2f} GB/s ({out / writing:.0%}), "
-            f"{cpu / done.bytes_in * 1e9:.2f} CPU seconds a GB; relative MSE {done.errors.relative():.6f}"
-        )
-        print(
-            f"peak memory {done.host_peak / 1e9:.2f} GB, of a GPU {done.gpu_peak / 1e9:.2f} GB; "
-            f"{RELEASE[options.fp8] / 1e9:.1f} GB at this rate: {RELEASE[options.fp8] / into:.0f} s"
-        )
+        result = {"machine": machine(), **measure(options, device)}
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
     except (CheckpointError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
