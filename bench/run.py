@@ -20,8 +20,8 @@ from . import timing
 # A file of this folder each: CASES, inputs, work, contenders, and error or exact. Where peers have tensors of their own
 # also PEERS, peers and compile_peers.
 OPS = (
-    "kv_append", "linear", "moe_router", "moe_topk", "nvfp4_linear", "nvfp4_moe", "nvfp4_quantize", "nvfp4_search",
-    "paged_attention", "rms_norm", "swiglu",
+    "kv_append", "linear", "moe_router", "moe_topk", "nvfp4_gptq", "nvfp4_linear", "nvfp4_moe", "nvfp4_quantize",
+    "nvfp4_search", "paged_attention", "rms_norm", "swiglu",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 WRONG = 0.02  # a relative error that rounding to bf16 twice, 0.003, does not explain

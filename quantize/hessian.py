@@ -10,14 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from step_kernels.nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_MIN, e2m1_encode, e2m1_round, pack
+from step_kernels import nvfp4_gptq
+from step_kernels.nvfp4 import BLOCK, e2m1_encode, pack
 
-# Offsets from the code of amax / 6 to the best code by local Hessians: with all codes an output gains 0.05 dB at most.
-OFFSETS = tuple(range(-4, 8))
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 SHRINKAGE = 512  # tokens' worth of the layer's mean Hessian in that of an expert
 SWEEPS = 2  # 2 dB where few factors make the inputs, nothing where only neighbours are alike; more gain 0.2
-_COLUMNS = 128  # columns whose errors wait before they reach those behind: one product instead of eight
+_COLUMNS = 128  # columns of a product: of eight blocks at once, which take each other's errors from the op
 
 
 def products(x: Tensor) -> Tensor:
@@ -59,72 +58,43 @@ def local_gptq(weight: Tensor, global_scale: Tensor, hessians: Tensor) -> tuple[
 
     gptq as if inputs of different blocks were uncorrelated: all blocks at once, and k / 16 times less to remember.
     """
-    outer = global_scale.float()[..., None, None]
-    blocks = (weight.float() / outer).unflatten(-1, (-1, BLOCK)).transpose(-3, -2)
-    code, rounded, _ = _best_block(blocks, _inverse_factor(_damped(hessians)))
-    return _packed(rounded.transpose(-3, -2).flatten(-2), code.transpose(-2, -1))
+    w, errors, scales = _begun(weight, global_scale)
+    blocks, moved = (t.unflatten(-1, (-1, BLOCK)).transpose(-3, -2) for t in (w, errors))
+    nvfp4_gptq(blocks, _upper(_damped(hessians)).mT, w.new_zeros(BLOCK).expand_as(blocks), moved, scales.mT[..., None])
+    return _packed(w, errors, scales)
 
 
 def gptq(weight: Tensor, global_scale: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """[..., n, k], f32 [...], f32 [..., k, k] -> codes u8 [..., n, k / 2], scales e4m3 [..., n, k / 16].
 
     Columns are rounded one after the other, and what a column errs by is taken from those behind it (arXiv 2210.17323).
-    A block's scale is the one among OFFSETS whose 16 columns then leave the least of the loss. SWEEPS times each block
-    is then chosen anew, all others as they are.
+    A block's scale is the one whose 16 columns then leave the least of the loss. SWEEPS times each block is then chosen
+    anew, all others as they are.
     """
-    outer = global_scale.float()[..., None, None]
-    w, damped = weight.float() / outer, _damped(hessian)
-    factor, left = _inverse_factor(damped), w.clone()
-    rounded, scales = torch.empty_like(w), []
+    w, errors, scales = _begun(weight, global_scale)
+    damped = _damped(hessian)
+    _choose(w, errors, scales, _factor(damped), first=True)
+    rows = _whitened(damped)
+    for _ in range(SWEEPS):
+        _choose(w, errors, scales, rows)
+    del damped, rows
+    return _packed(w, errors, scales)
+
+
+def _begun(weight: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight in units of the global scale, errors of 0, and no scales: what nvfp4_gptq begins with."""
+    w = weight.float() / global_scale.float()[..., None, None]
+    return w, torch.zeros_like(w), w.new_zeros(*w.shape[:-1], w.shape[-1] // BLOCK, dtype=torch.uint8)
+
+
+def _choose(w: Tensor, errors: Tensor, scales: Tensor, rows: Tensor, first: bool = False) -> None:
+    """Every block once: `rows` [..., k, k] are nvfp4_gptq's factor, at the `first` time without what lies above it."""
     for begin in range(0, w.shape[-1], _COLUMNS):
         end = min(begin + _COLUMNS, w.shape[-1])
-        errors = torch.empty_like(w[..., begin:end])
-        for at in range(begin, end, BLOCK):
-            block = slice(at, at + BLOCK)
-            code, rounded[..., block], error = _best_block(left[..., block], factor[..., block, block])
-            scales.append(code)
-            errors[..., at - begin : at - begin + BLOCK] = error
-            left[..., at + BLOCK : end] -= error @ factor[..., block, at + BLOCK : end]
-        left[..., end:] -= errors @ factor[..., begin:end, end:]
-    scales = torch.stack(scales, -1)
-    for _ in range(SWEEPS):
-        _sweep(w, damped, rounded, scales)
-    return _packed(rounded, scales)
-
-
-def _sweep(w: Tensor, hessian: Tensor, rounded: Tensor, scales: Tensor) -> None:
-    """Chooses each block's scale and values anew where that lowers d^T H d, d = rounded - w, in place."""
-    d = rounded - w
-    for i in range(scales.shape[-1]):
-        block = slice(BLOCK * i, BLOCK * (i + 1))
-        own = hessian[..., block, block]
-        pull = d @ hessian[..., :, block] - d[..., block] @ own  # of the other blocks' errors
-        wanted = w[..., block] - (torch.linalg.solve(own, pull.mT)).mT
-        code, values, _ = _best_block(wanted, _inverse_factor(own))
-        new = values - w[..., block]
-        before, after = (((e @ own + 2 * pull) * e).sum(-1) for e in (d[..., block], new))
-        better = after < before
-        d[..., block] = torch.where(better[..., None], new, d[..., block])
-        scales[..., i] = torch.where(better, code, scales[..., i])
-    torch.add(w, d, out=rounded)
-
-
-def _best_block(w: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[..., n, 16] in units of the global scale, its part of the factor -> scale codes, and values and errors alike."""
-    first = _first_code(w[..., None, :])[..., 0]
-    offsets = torch.tensor(sorted(OFFSETS, key=abs), device=w.device).view(-1, *[1] * first.dim())
-    code = (first + offsets).clamp(1, 0x7E)
-    scale, left = _value(code), w.expand(len(code), *w.shape).clone()
-    errors, loss = torch.empty_like(left), torch.zeros_like(scale)
-    for j in range(BLOCK):
-        rounded = _rounded(left[..., j], scale)
-        errors[..., j] = (left[..., j] - rounded) / upper[..., j, j, None]
-        loss += errors[..., j].square()
-        left[..., j + 1 :] -= errors[..., j, None] * upper[..., None, j, j + 1 :]
-        left[..., j] = rounded
-    best = loss.argmin(0, keepdim=True)
-    wide = best[..., None].expand(1, *w.shape)
-    return code.gather(0, best)[0], left.gather(0, wide)[0], errors.gather(0, wide)[0]
+        some, others = slice(begin, end), slice(begin if first else None)
+        products = errors[..., others] @ rows[..., some, others].mT
+        blocks = scales[..., begin // BLOCK : end // BLOCK]
+        nvfp4_gptq(w[..., some], rows[..., some, some], products, errors[..., some], blocks)
 
 
 def _damped(hessian: Tensor) -> Tensor:
@@ -135,31 +105,42 @@ def _damped(hessian: Tensor) -> Tensor:
     return damped
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse."""
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+def _upper(hessian: Tensor) -> Tensor:
+    """[..., k, k] -> U, upper triangular: H = U U^T."""
+    return torch.linalg.cholesky(hessian.flip(-2, -1)).flip(-2, -1)
 
 
-def _packed(rounded: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [..., n, k] in units of the global scale, codes of scales [..., n, k / 16] -> the format's tensors."""
-    codes = e2m1_encode((rounded.unflatten(-1, (-1, BLOCK)) / _value(scales)[..., None]).flatten(-2))
-    return pack(codes), _e4m3(scales)
+def _inverse(upper: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(upper, torch.eye(upper.shape[-1], device=upper.device), upper=True)
 
 
-def _first_code(blocks: Tensor) -> Tensor:
-    """[..., 16] in units of the global scale -> i32 [...]: the e4m3 code of amax / 6, of 1 for a block of zeros."""
-    amax = blocks.abs().amax(-1)
-    scale = torch.where(amax == 0, 1.0, amax / E2M1_MAX).clamp(E4M3_MIN, E4M3_MAX)
-    return scale.to(torch.float8_e4m3fn).view(torch.uint8).int()
+def _factor(hessian: Tensor) -> Tensor:
+    """[..., k, k] -> T, lower triangular but for what it leaves above: H = T^T T, so d^T H d is |d T^T|^2.
+
+    T is the transposed inverse of GPTQ's factor of H's inverse. From the last rows on, in products over all matrices:
+    a library would factor large ones one by one.
+    """
+    rows, k = hessian.clone(), hessian.shape[-1]
+    for begin in reversed(range(0, k, _COLUMNS)):
+        end = min(begin + _COLUMNS, k)
+        some, behind = slice(begin, end), rows[..., end:, :end]
+        rows[..., some, :end] -= behind[..., some].mT @ behind
+        upper = _upper(rows[..., some, some])
+        rows[..., some, :begin] = _inverse(upper) @ rows[..., some, :begin]
+        rows[..., some, some] = upper.mT
+    return rows
 
 
-def _e4m3(code: Tensor) -> Tensor:
-    return code.to(torch.uint8, memory_format=torch.contiguous_format).view(torch.float8_e4m3fn)
+def _whitened(hessian: Tensor) -> Tensor:
+    """[..., k, k] -> each 16 rows times the inverse of their U: by them |d rows^T|^2 of a block is its part of the loss
+    as long as the other blocks stay."""
+    rows = hessian.unflatten(-2, (-1, BLOCK))
+    own = hessian.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK)).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    return (_inverse(_upper(own)) @ rows).flatten(-3, -2)
 
 
-def _value(code: Tensor) -> Tensor:
-    return _e4m3(code).float()
-
-
-def _rounded(x: Tensor, scale: Tensor) -> Tensor:
-    return e2m1_round(x / scale) * scale
+def _packed(w: Tensor, errors: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights in units of the global scale [..., n, k], their errors, codes of scales -> the format's tensors."""
+    scales = scales.view(torch.float8_e4m3fn)
+    values = errors.add_(w).unflatten(-1, (-1, BLOCK))
+    return pack(e2m1_encode(values.div_(scales.float()[..., None]).flatten(-2))), scales

@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from step_kernels import nvfp4
+from step_kernels import nvfp4, nvfp4_error
 from step_kernels.model.checkpoint import Checkpoint, CheckpointError, Entry, Piece, read_piece
 
 from . import lanes, matrices
 from .calibration import Inputs
 from .figures import Weight, tally
 from .formats import BLOCK_SCALES, CODES, GLOBAL_SCALE, Stored, place
-from .hessian import OFFSETS, gptq, local_gptq, output_error
+from .hessian import gptq, local_gptq, output_error
 from .matrices import label, pieces, quantize_piece
 from .plan import Group
 from .shards import CHUNK, Shard
 
-_AT_ONCE = 1 << 31  # numbers of f32 that a lane may hold while it quantizes by inputs
+_AT_ONCE = 1 << 32  # bytes that a lane may hold while it quantizes by inputs
 
 
 @dataclass
@@ -99,50 +99,57 @@ def quantize_for_inputs(
     begin: int, end: int, checkpoint: Checkpoint, group: Group, outputs: list[Output | None], inputs: Inputs
 ) -> int:
     """The same for matrices begin to end - 1 together, by the Hessians of the `inputs` that a group's weights share."""
-    device, hessians = lanes.device(), inputs.hessians(begin, end).to(lanes.device())
-    search, count = gptq if hessians.dim() == 3 else local_gptq, 0
-    parts, tops = [pieces(checkpoint.entry(weight).shape) for weight in group.weights], []
-    for weight, ranges in zip(group.weights, parts):
-        amax = [
-            [matrices.read_piece(checkpoint, weight, *rows, device)[1] for rows in ranges[m]] for m in range(begin, end)
-        ]
-        tops.append(torch.stack([torch.stack(of).amax() for of in amax]))
-        count += source_bytes(checkpoint, weight) // len(ranges) * (end - begin)
-    scales = nvfp4.global_scale(torch.stack(tops).amax(0))
+    device, first = lanes.device(), group.weights[0]
+    entries = [checkpoint.entry(weight) for weight in group.weights]
+    dtypes = {torch.float32 if entry.dtype == torch.float8_e4m3fn else entry.dtype for entry in entries}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    rows = [entry.shape[-2] for entry in entries]
+    x = torch.empty(end - begin, sum(rows), entries[0].shape[-1], dtype=dtype, device=device)
+    (buffer,) = lanes.buffers(max(matrices.piece_bytes(checkpoint, weight) for weight in group.weights))
+    tops = torch.zeros(len(group.weights), end - begin, device=device)
+    for weight, entry, part, top in zip(group.weights, entries, x.split(rows, 1), tops):
+        for i, ranges in enumerate(pieces(entry.shape)[begin:end]):
+            at = 0
+            for piece in ranges:
+                read, amax = matrices.read_piece(checkpoint, weight, *piece, device, buffer)
+                part[i, at : at + len(read)] = read
+                top[i], at = torch.maximum(top[i], amax), at + len(read)
+    scales = nvfp4.global_scale(tops.amax(0))
     for matrix in (begin + (~(scales > 0)).nonzero().flatten()).tolist():
-        which = label(checkpoint.entry(group.weights[0]).shape, matrix)
-        raise CheckpointError(f"{group.weights[0]}: {which}weights are too small")
-    for weight, ranges, top, output in zip(group.weights, parts, tops, outputs):
+        raise CheckpointError(f"{first}: {label(entries[0].shape, matrix)}weights are too small")
+    hessians = inputs.hessians(begin, end).to(device)
+    try:
+        packed, chosen = (gptq if hessians.dim() == 3 else local_gptq)(x, scales, hessians)
+    except torch.linalg.LinAlgError as e:
+        raise CheckpointError(f"{first}: its inputs' Hessian cannot be factored: {e}") from None
+    parts = zip(*(t.split(rows, 1) for t in (x, packed, chosen)), tops, outputs)
+    for part, codes, blocks, top, output in parts:
         if output is None:
             continue
-        for some in zip(*ranges[begin:end]):  # a linear's rows, or an expert each
-            x = torch.stack([matrices.read_piece(checkpoint, weight, *rows, device)[0] for rows in some])
-            try:
-                packed, chosen = search(x, scales, hessians)
-            except torch.linalg.LinAlgError as e:
-                raise CheckpointError(f"{weight}: its inputs' Hessian cannot be factored: {e}") from None
-            for i, (first, _) in enumerate(some):
-                codes, blocks = packed[i].cpu(), chosen[i].view(torch.uint8).cpu()
-                output.write(begin + i, first - ranges[begin + i][0][0], codes, blocks)
-                decoded = nvfp4.dequantize(packed[i], chosen[i], scales[i])
-                sums = torch.stack(
-                    [t.square().sum(dtype=torch.float64) for t in (decoded - x[i].float(), x[i].float())]
-                )
-                output.noted.add(begin + i, sums, scales[i], tally(x[i], codes, blocks, scales[i]))
-                output.noted.add_outputs(begin + i, output_error(x[i], decoded, hessians[i]))
-        for matrix in range(begin, end):
-            output.write_scale(matrix, scales[matrix - begin])
+        for matrix, *of in zip(range(begin, end), part, codes, blocks, scales, hessians):
+            _note(output, matrix, *of)
+            output.write_scale(matrix, of[3])
         output.zeros += (begin + (top == 0).nonzero().flatten()).tolist()
-    return count
+    return sum((entry.end - entry.begin) // len(pieces(entry.shape)) * (end - begin) for entry in entries)
+
+
+def _note(
+    output: Output, matrix: int, x: Tensor, codes: Tensor, blocks: Tensor, scale: Tensor, hessian: Tensor
+) -> None:
+    """Writes a matrix [n, k] in its quantized form, and notes what it errs by."""
+    decoded = nvfp4.dequantize(codes, blocks, scale)
+    output.noted.add_outputs(matrix, output_error(x, decoded, hessian))
+    sums, codes, blocks = nvfp4_error(x, codes, blocks, scale), codes.cpu(), blocks.view(torch.uint8).cpu()
+    output.write(matrix, 0, codes, blocks)
+    output.noted.add(matrix, sums, scale, tally(x, codes, blocks, scale))
 
 
 def at_once(checkpoint: Checkpoint, group: Group, inputs: Inputs) -> int:
-    """How many matrices of a group quantize_for_inputs may take: gptq holds some ten numbers a weight and sum, and
-    local_gptq two a weight for each scale that it tries."""
-    weights = max(math.prod(checkpoint.entry(weight).shape[-2:]) for weight in group.weights)
+    """How many matrices of a group quantize_for_inputs may take: it holds up to 18 bytes a weight, of it two numbers in
+    f32 and the encoding's temporaries, and gptq twelve a sum: as given, damped and factored."""
+    weights = sum(math.prod(checkpoint.entry(weight).shape[-2:]) for weight in group.weights)
     sums = inputs.sums[0].numel()
-    each = 10 * (weights + sums) if inputs.sums.dim() == 3 else 2 * (len(OFFSETS) + 2) * weights
-    return max(1, _AT_ONCE // each)
+    return max(1, _AT_ONCE // (18 * weights + 12 * sums))
 
 
 def source_bytes(checkpoint: Checkpoint, weight: str) -> int:

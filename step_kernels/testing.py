@@ -68,6 +68,9 @@ def sample_arguments(op: str, dtype: torch.dtype, prepared: bool = False) -> tup
     def i32(*shape: int) -> Tensor:
         return of(*shape, dtype=torch.int32)
 
+    def f32(*shape: int) -> Tensor:
+        return of(*shape, dtype=torch.float32)
+
     tokens, hidden, scale = 8, 4096, of(dtype=torch.float32)
     q, kv = of(tokens, 64, 128), of(tokens, 8, 128)
     pages = of(64, 8, 64, 128, dtype=torch.float8_e4m3fn)
@@ -85,6 +88,7 @@ def sample_arguments(op: str, dtype: torch.dtype, prepared: bool = False) -> tup
         "nvfp4_quantize": (of(tokens, hidden), scale),
         "nvfp4_search": (of(tokens, hidden), scale, "mse"),
         "nvfp4_error": (of(tokens, hidden), *weight(tokens, hidden)),
+        "nvfp4_gptq": (f32(2560, 128), f32(128, 128), f32(2560, 128), f32(2560, 128), of(2560, 8, dtype=torch.uint8)),
         "nvfp4_dequantize": (*weight(hidden, hidden), dtype),
         "linear": (of(tokens, hidden), of(8192, hidden)),
         "linear_swiglu": (of(tokens, hidden), of(2560, hidden), 16.0),

@@ -6,6 +6,7 @@ from .kv_append import kv_append
 from .linear import fp8_linear, fp8_linear_swiglu, linear, linear_swiglu
 from .moe_router import moe_router
 from .moe_topk import moe_topk
+from .nvfp4_gptq import nvfp4_gptq
 from .nvfp4_linear import nvfp4_linear
 from .nvfp4_moe import nvfp4_moe
 from .nvfp4_prepare import nvfp4_prepare, nvfp4_restore, prepares
@@ -28,6 +29,7 @@ __all__ = [
     "moe_topk",
     "nvfp4_dequantize",
     "nvfp4_error",
+    "nvfp4_gptq",
     "nvfp4_linear",
     "nvfp4_moe",
     "nvfp4_prepare",
