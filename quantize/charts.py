@@ -41,6 +41,8 @@ def scales(figures: Figures) -> str:
     totals: dict[str, Weight] = {}
     noted: dict[str, list[np.ndarray]] = {}
     for (_, projection), weight in figures.weights.items():
+        if not weight.counts.any():  # FP8 has no blocks
+            continue
         totals.setdefault(projection, Weight.zeros(0)).counts += weight.counts
         noted.setdefault(projection, []).append(weight.scales[weight.scales > 0])
     sampled, weights = sum(t.sampled for t in totals.values()), 16 * sum(int(t.codes.sum()) for t in totals.values())

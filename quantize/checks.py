@@ -12,7 +12,8 @@ from step_kernels.model.checkpoint import INDEX, Checkpoint, Entry, canonical, p
 
 from .contents import DTYPE, Contents, Model
 from .findings import Findings, size
-from .modelopt import layer_number
+from .formats import INPUT_SCALE
+from .layout import layer_number
 from .plan import FLOATS
 
 CHUNK = 16 << 20  # bytes read at a time
@@ -21,11 +22,13 @@ _UNLOADED = "vLLM looks for no gaps in a quantized model: uninitialised memory, 
 
 @dataclass
 class Claims:
-    """What config.json and hf_quant_config.json say of the quantization, the first where both do."""
+    """What config.json and hf_quant_config.json say of the quantization, the first where both do. `layers`: module ->
+    algorithm, where there are several."""
 
     method: str | None
     algorithm: str | None
     patterns: list | None
+    layers: dict[str, str]
     cache: bool
     weights_only: bool
 
@@ -38,10 +41,14 @@ class Claims:
         algorithm = config.get("quant_algo") or other.get("quant_algo")
         lists = (config.get("ignore"), config.get("exclude_modules"), other.get("exclude_modules"))
         method = config.get("quant_method") if config else "modelopt" if other else None
+        layers = next((p["quantized_layers"] for p in (config, other) if "quantized_layers" in p), None)
+        layers = layers if isinstance(layers, dict) else {}
+        named = {name: str(how.get("quant_algo")).upper() for name, how in layers.items() if isinstance(how, dict)}
         return cls(
             method=method,
             algorithm=str(algorithm).upper() if algorithm else None,
             patterns=next((p for p in lists if p is not None), None),
+            layers=named,
             cache=bool(config.get("kv_cache_scheme") or other.get("kv_cache_quant_algo")),
             weights_only=bare or str(algorithm).upper() == "W4A16_NVFP4",
         )
@@ -86,7 +93,10 @@ def headers(state: State) -> None:
     inputs = set()
     for stored in (s for parts in model.quantized.values() for s in parts):
         wanted |= {name: ((dtype,), shapes) for name, (dtype, shapes) in stored.tensors.items()}
-        inputs.add(stored.names[3])
+        inputs.add(stored.names[INPUT_SCALE])
+    for stored in (s for parts in model.channels.values() for s in parts):
+        (codes, shapes), (scales, rows) = stored.tensors.values()
+        wanted |= dict(zip(stored.names, [((codes,), shapes), ((scales, "BF16"), rows)]))
     layers = [f"model.layers.{i}.self_attn." for i in range(len(model.config.layers))]
     optional = {f"{layer}{part}{p}_scale" for layer in layers for p in "kv" for part in (f"{p}_proj.", "")}
     for name, (dtypes, shapes) in wanted.items():

@@ -22,9 +22,9 @@ from step_kernels.model.checkpoint import (
 )
 from step_kernels.model.config import StepConfig
 
-from .formats import COMPRESSED, MODELOPT, Stored, stored
-from .layout import ATTENTION_GROUPS, FP8_BLOCK, GROUPS, SHARED_HEAD, expert_shapes, tensor_shapes, weight_name
-from .modelopt import HF_QUANT_CONFIG, layer_number
+from .formats import COMPRESSED, MODELOPT, Channels, Stored, stored
+from .layout import FP8, FP8_BLOCK, expert_shapes, layer_number, tensor_shapes, weight_modules
+from .modelopt import HF_QUANT_CONFIG
 
 DTYPE = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -68,7 +68,8 @@ def _json(path: Path) -> tuple[dict, str]:
 
 
 class Model:
-    """The weights of a checkpoint sorted by its config: `quantized` (weight -> what stores it) and `left` (-> shape).
+    """The weights of a checkpoint sorted by its config: `quantized` (those in NVFP4, -> what stores them), `channels`
+    (those in FP8, likewise) and `left` (-> shape).
 
     `groups`: the weights with one global scale, since engines hold them in one matrix; `missing_mtp`: MTP layers by
     number of which no tensor is there.
@@ -83,30 +84,20 @@ class Model:
         form, experts = COMPRESSED if self.compressed else MODELOPT, expert_shapes(self.config)
         shapes = tensor_shapes(self.config) | experts
         self.quantized: dict[str, list[Stored]] = {}
+        self.channels: dict[str, list[Channels]] = {}
         self.groups: list[tuple[str, ...]] = []
-        for module, groups in self._modules().items():
+        for module, groups in weight_modules(self.config).items():
             # Engines hold a layer's routed experts in one module, other projections group by group.
             together = [tuple(w for group in groups for w in group)] if module.endswith(".moe") else groups
             for weights in together:
                 if any(self._is_quantized(w, experts) for w in weights):
                     self.quantized |= {w: stored(w, w, shapes[w], form, self.per_expert) for w in weights}
+                elif any(self._is_fp8(w, experts) for w in weights):
+                    self.channels |= {w: stored(w, w, shapes[w], form, False, FP8) for w in weights}
             self.groups += [group for group in groups if group[0] in self.quantized]
-        self.left = {name: shape for name, shape in shapes.items() if name not in self.quantized}
+        self.left = {n: shape for n, shape in shapes.items() if n not in self.quantized and n not in self.channels}
         layers = {layer_number(name) for name in names}
         self.missing_mtp = [i for i in range(self.config.num_layers, len(self.config.layers)) if i not in layers]
-
-    def _modules(self) -> dict[str, list[tuple[str, ...]]]:
-        """What could be in NVFP4: module -> its groups of weights."""
-        modules = {"lm_head": [("lm_head.weight",)]}
-        for i, layer in enumerate(self.config.layers):
-            parts = {"self_attn": ATTENTION_GROUPS, "share_expert" if layer.moe else "mlp": GROUPS}
-            parts |= {"moe": GROUPS} if layer.moe else {}
-            for part, groups in parts.items():
-                at = f"model.layers.{i}.{part}"
-                modules[at] = [tuple(weight_name(i, p, part) for p in group) for group in groups]
-            if i >= self.config.num_layers:
-                modules[f"model.layers.{i}.{SHARED_HEAD}"] = [(weight_name(i, "output", SHARED_HEAD),)]
-        return modules
 
     def _is_quantized(self, weight: str, experts: dict) -> bool:
         entry = self.contents.entries.get(weight)
@@ -114,12 +105,19 @@ class Model:
             return weight in experts or f"{weight}_packed" in self.contents
         return not entry.dtype.is_floating_point
 
+    def _is_fp8(self, weight: str, experts: dict) -> bool:
+        entry = self.contents.entries.get(weight)
+        return entry is not None and entry.dtype == torch.float8_e4m3fn and weight not in experts
+
 
 def read_rows(checkpoint: Checkpoint, name: str, matrix: int, begin: int, end: int) -> Tensor:
-    """Rows of a matrix [n, k] or of one of a stack [matrices, n, k] -> [rows, k], from an FP8 source in f32."""
+    """Rows of a matrix [n, k] or of one of a stack [matrices, n, k] -> [rows, k], from an FP8 source in f32.
+
+    Codes with block scales of NVFP4 or row scales beside them come as they are.
+    """
     entry = checkpoint.entry(name)
     x = _rows(entry, matrix, begin, end)
-    if x.dtype != torch.float8_e4m3fn or name.endswith("_scale"):
+    if x.dtype != torch.float8_e4m3fn or name.endswith("_scale") or f"{name}_scale" in checkpoint:
         return x
     first, last = begin // FP8_BLOCK, -(-end // FP8_BLOCK)
     inverse = _rows(checkpoint.entry(f"{name}_scale_inv"), matrix, first, last)

@@ -23,9 +23,9 @@ from .errors import Errors
 from .figures import Weight
 from .jobs import Output
 from .lanes import Lanes
-from .layout import projection_name
+from .layout import FP8, layer_number, projection_name
 from .matrices import label, pieces
-from .modelopt import HF_QUANT_CONFIG, layer_number, metadata_files
+from .modelopt import HF_QUANT_CONFIG, metadata_files
 from .plan import Group, Plan, Settings, UsageError, make_plan, resolve_source
 from .shards import CHUNK, PART, Shard, copy_side_files, write_file
 
@@ -63,9 +63,11 @@ def run(
     device: str = "cpu",
     progress: bool = False,
     report: str | Path | None = None,
+    precisions: dict[str, str] | None = None,
 ) -> Summary:
     """Converts folder `source` to NVFP4 in `target`, the index last. With `verify`, `problems` lists what is wrong.
 
+    `precisions`: of some linears, in place of the recipe's, as make_plan takes them.
     Raises UsageError for arguments that cannot be meant, CheckpointError for what cannot be read, used or written.
     """
     start, settings = time.monotonic(), settings or Settings()
@@ -76,7 +78,7 @@ def run(
     source, target = resolve_source(source), Path(target)
     devices = lanes.devices(device)
     kept = kept_files(source, target, resume)
-    conversion = _Conversion(make_plan(Checkpoint(source), settings), target, devices, progress)
+    conversion = _Conversion(make_plan(Checkpoint(source), settings, precisions), target, devices, progress)
     if not kept or conversion.recall():
         conversion.write()
     elif not conversion.is_finished():
@@ -204,19 +206,24 @@ class _Conversion:
         """Puts a group's work behind what is there already."""
         del self.groups[group]
         count = len(pieces(self.checkpoint.entry(group.weights[0]).shape))
-        outputs = [self._output(*output, weight, count) for weight, output in zip(group.weights, group.outputs)]
+        pairs = zip(group.weights, group.outputs)
+        outputs = [self._output(*output, weight, count, group.precision) for weight, output in pairs]
         live = [(f, w, output) for (f, _), w, output in zip(group.outputs, group.weights, outputs) if output]
         for into, weight, output in live:
             self.outputs.setdefault(into, []).append((weight, output))
         if inputs is not None:
             for _, _, output in live:
                 output.noted.add_tokens(inputs.tokens)
-        if inputs is not None and inputs.sums is not None:
-            job, step, how = jobs.quantize_for_inputs, jobs.at_once(self.checkpoint, group, inputs), inputs
+        if group.precision == FP8:
+            parts = [(rows, w, output) for _, w, output in live for rows in pieces(self.checkpoint.entry(w).shape)[0]]
+            under_way = [pool.submit(self._job, jobs.to_fp8, *rows, self.checkpoint, *of) for rows, *of in parts]
         else:
-            job, step, how = jobs.quantize, 1, self.plan.settings.plain_search
-        ends = ((at, min(at + step, count)) if how is inputs else (at,) for at in range(0, count, step))
-        under_way = [pool.submit(self._job, job, *some, self.checkpoint, group, outputs, how) for some in ends]
+            if inputs is not None and inputs.sums is not None:
+                job, step, how = jobs.quantize_for_inputs, jobs.at_once(self.checkpoint, group, inputs), inputs
+            else:
+                job, step, how = jobs.quantize, 1, self.plan.settings.plain_search
+            ends = ((at, min(at + step, count)) if how is inputs else (at,) for at in range(0, count, step))
+            under_way = [pool.submit(self._job, job, *some, self.checkpoint, group, outputs, how) for some in ends]
         for into in {into for into, _, _ in live}:
             self.under_way[into] += under_way
         return under_way
@@ -231,6 +238,8 @@ class _Conversion:
             torch.linalg.cholesky(torch.eye(1, device=device))
         run = Calibration(self.checkpoint, self.plan.config, self.plan.tokens, device, settings.search)
         trunk = {group.weights[0]: group for group in self.groups if self._is_calibrated(group)}
+        for group in [group for group in self.groups if group.precision == FP8]:
+            self._submit(pool, group)
         for index, inputs, peaks in run.layers(set(trunk), self.progress):
             for letter, peak in zip("kv", peaks.tolist()):
                 if settings.kv_scales == "calibrated":
@@ -252,15 +261,15 @@ class _Conversion:
                 self._finish(file)
 
     def _is_calibrated(self, group: Group) -> bool:
-        """Whether tokens reach it: MTP layers and the head are quantized without."""
+        """Whether it is quantized by its inputs: no token reaches MTP layers and the head, and FP8 needs none."""
         layer = layer_number(group.weights[0])
-        return layer is not None and layer < self.plan.config.num_layers
+        return group.precision != FP8 and layer is not None and layer < self.plan.config.num_layers
 
-    def _output(self, file: str, name: str, weight: str, matrices: int) -> Output | None:
+    def _output(self, file: str, name: str, weight: str, matrices: int, precision: str) -> Output | None:
         """None for a weight of a finished shard, of which only the amax is taken."""
         if file in self.done:
             return None
-        return Output(self.shards[file], self.plan.stored(weight, name), Weight.zeros(matrices))
+        return Output(self.shards[file], self.plan.stored(weight, name, precision), Weight.zeros(matrices))
 
     def _job(self, job, *arguments) -> None:
         count = job(*arguments)

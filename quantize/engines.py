@@ -103,6 +103,47 @@ class Excludes:
         return ""
 
 
+class Algorithms:
+    """quantized_layers, module -> algorithm, as vLLM 0.33 reads it where quant_algo is MIXED_PRECISION."""
+
+    def __init__(self, layers: dict[str, str], vision: bool):
+        renames = (_vllm_step3p7, _vllm_step3p5) if vision else (_vllm_step3p5,)
+        self.draft = self.trunk = layers
+        for rename in renames:
+            self.trunk = {rename(name): algorithm for name, algorithm in self.trunk.items()}
+
+    def of(self, module: Module) -> str | None:
+        """What the module is built as, None for unquantized. SplitModule where the engine raises."""
+        layers, (parent, _, last) = self.draft if module.mtp else self.trunk, module.name.rpartition(".")
+        spelt = [module.name, *(["lm_head"] if module.name.endswith(".lm_head") else [])]
+        for name in (*spelt, *(_released(n) for n in spelt)):
+            if name in layers:
+                return layers[name]
+        shards = {f"{at}.{shard}" for at in (parent, _released(parent)) for shard in _FUSED.get(last, ())}
+        found = {layers[shard] for shard in shards if shard in layers}
+        if len(found) > 1:
+            raise SplitModule(module.name)
+        below = [f"{at}." for at in (module.name, _released(module.name))]
+        below += [f"{parent}."] if last == "experts" else []
+        found = list(found) or [layers[name] for at in below for name in layers if name.startswith(at)]
+        return found[0] if found else None
+
+
+def _released(name: str) -> str:
+    """vLLM's own name as tensors of a release have it, or the other way round."""
+    ours, theirs = "language_model.model.", "model.language_model."
+    if name.startswith(ours):
+        return name.replace(ours, theirs, 1)
+    return name.replace(theirs, ours, 1) if name.startswith(theirs) else name
+
+
+def compressed_tensors_group(name: str, groups: list[dict]) -> dict:
+    """The group whose targets name a module, or else the one of all linears; {} for none."""
+    targets = [(group, [t for t in group.get("targets", ()) if t != "Linear"]) for group in groups]
+    named = [group for group, patterns in targets if compressed_tensors_excludes(name, patterns)]
+    return next(iter(named + [group for group in groups if "Linear" in group.get("targets", ())]), {})
+
+
 def compressed_tensors_excludes(name: str, patterns: list[str]) -> bool:
     """compressed-tensors' rule: a pattern is the whole name, or after `re:` an expression for how it begins."""
     return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in patterns)

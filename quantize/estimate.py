@@ -16,7 +16,7 @@ from step_kernels.model.checkpoint import DTYPES, Checkpoint, CheckpointError, P
 
 from . import jobs, lanes
 from .convert import kept_files
-from .layout import nvfp4_bytes
+from .layout import FP8, NVFP4, fp8_bytes, nvfp4_bytes
 from .matrices import pieces, quantize_piece
 from .matrices import read_piece as read_weight
 from .plan import Plan, Settings, make_plan, resolve_source
@@ -29,7 +29,10 @@ _DTYPE = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Action:
-    """What becomes of a tensor: its bytes in the source, those that it becomes (scales included), and in which file."""
+    """What becomes of a tensor: its bytes in the source, those that it becomes (scales included), and in which file.
+
+    `what`: copy, quantize (to NVFP4) or fp8.
+    """
 
     what: str
     name: str
@@ -69,7 +72,8 @@ def actions(plan: Plan) -> list[Action]:
         for weight, (file, name) in zip(group.weights, group.outputs):
             entry = plan.checkpoint.entry(weight)
             tensor, size = f"{_DTYPE[entry.dtype]} {list(entry.shape)}", jobs.source_bytes(plan.checkpoint, weight)
-            found.append(Action("quantize", name, tensor, size, nvfp4_bytes(entry.shape), file))
+            what, count = {NVFP4: ("quantize", nvfp4_bytes), FP8: ("fp8", fp8_bytes)}[group.precision]
+            found.append(Action(what, name, tensor, size, count(entry.shape), file))
     return sorted(found, key=lambda action: (action.file, action.name))
 
 
@@ -94,15 +98,20 @@ def table(plan: Plan, every: bool) -> list[str]:
 
 
 def estimate(
-    source: str | Path, target: str | Path, settings: Settings | None = None, *, device: str = "cpu"
+    source: str | Path,
+    target: str | Path,
+    settings: Settings | None = None,
+    *,
+    device: str = "cpu",
+    precisions: dict[str, str] | None = None,
 ) -> tuple[Plan, Estimate]:
-    """The plan of run(source, target, settings, device=device), and what it would cost; raises what `run` would.
+    """The plan of `run` with these arguments, and what it would cost; raises what `run` would.
 
     Times the source's disk, the target's (with a file that is gone afterwards) and the search on the devices.
     """
     devices, source, folder = lanes.devices(device), resolve_source(source), Path(target)
     kept_files(source, folder, resume=False)
-    plan = make_plan(Checkpoint(source), settings or Settings())
+    plan = make_plan(Checkpoint(source), settings or Settings(), precisions)
     while not folder.exists():
         folder = folder.parent
     number = lanes.count(devices, max(jobs.host_bytes(plan.checkpoint, group) for group in plan.groups))
@@ -114,7 +123,7 @@ def estimate(
     except OSError as e:
         raise CheckpointError(f"{folder}: {e.strerror}") from None
     found = actions(plan)
-    read, quantized = (sum(a.read for a in found if a.what in what) for what in (("copy", "quantize"), ("quantize",)))
+    read, quantized = (sum(a.read for a in found if what in ("", a.what)) for what in ("", "quantize"))
     metadata = plan.metadata
     written = sum(Shard(folder / file, tensors, metadata).size for file, tensors in plan.shards.items())
     return plan, Estimate(read, written, quantized, free, reading, writing, quantizing, one_disk)
@@ -123,7 +132,7 @@ def estimate(
 def _kind(action: Action) -> str:
     """Its name without numbers; of what is copied only the module: there are hundreds of small tensors."""
     name = re.sub(r"\.\d+\.", ".*.", action.name)
-    if action.what == "quantize":
+    if action.what != "copy":
         return f"{name}, {action.tensor}"
     top = re.match(r"(.*?layers\.\*\.\w+|(?:model\.)?vision_model|.*?)(\.|$)", name)
     return f"{top[1]}.*" if top[2] and not name.endswith(f"{top[1]}.weight") else name
@@ -159,7 +168,8 @@ def _write_rate(folder: Path, size: int) -> float:
 
 def _quantize_rate(plan: Plan, pool: lanes.Lanes, number: int) -> float:
     """Bytes of the source a second, all lanes at work on a piece of the largest weight."""
-    weight = max((g.weights[0] for g in plan.groups), key=lambda weight: jobs.source_bytes(plan.checkpoint, weight))
+    leaders = (group.weights[0] for group in plan.groups if group.precision == NVFP4)
+    weight = max(leaders, key=lambda weight: jobs.source_bytes(plan.checkpoint, weight))
     entry = plan.checkpoint.entry(weight)
     begin, end = pieces(entry.shape)[0][0]
     x, amax = read_weight(plan.checkpoint, weight, begin, end)

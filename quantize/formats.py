@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from step_kernels.model.checkpoint import DTYPES
 
+from .layout import FP8, NVFP4
+
 MODELOPT, COMPRESSED = FORMATS = ("modelopt", "compressed-tensors")
 CODES, BLOCK_SCALES, GLOBAL_SCALE, INPUT_SCALE = range(4)  # the parts
 _NAMES = {
@@ -44,9 +46,37 @@ class Stored:
         return [(0, "" if self.expert is None else f"expert {self.expert}")]
 
 
-def stored(weight: str, name: str, shape: tuple[int, ...], form: str, per_expert: bool) -> list[Stored]:
+@dataclass(frozen=True)
+class Channels:
+    """One linear in FP8 as the files have it: codes [n, k] with a scale a row, [n] or, where `column`, [n, 1].
+
+    `weight`: its canonical name in the BF16 release; `shape` [n, k]; `names`: of its codes and scales.
+    """
+
+    weight: str
+    shape: tuple[int, int]
+    names: tuple[str, str]
+    column: bool
+    expert: None = None
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, list[tuple[int, ...]]]]:
+        """Name -> type and the shapes it may have."""
+        n, k = self.shape
+        return dict(zip(self.names, [("F8_E4M3", [(n, k)]), ("F32", [(n, 1) if self.column else (n,)])]))
+
+    def matrices(self) -> list[tuple[int, str]]:
+        """As of `Stored`."""
+        return [(0, "")]
+
+
+def stored(
+    weight: str, name: str, shape: tuple[int, ...], form: str, per_expert: bool, precision: str = NVFP4
+) -> list[Stored] | list[Channels]:
     """How files hold a weight of the source whose name there begins as `name`, one for each tensor of codes."""
     stem, inverse = name.removesuffix(".weight"), form == COMPRESSED
+    if precision == FP8:
+        return [Channels(weight, shape, (f"{stem}.weight", f"{stem}.weight_scale"), form == COMPRESSED)]
 
     def one(stem: str, shape: tuple[int, ...], expert: int | None = None) -> Stored:
         return Stored(weight, shape, expert, tuple(f"{stem}.{part}" for part in _NAMES[form]), inverse)

@@ -11,10 +11,10 @@ from torch import Tensor
 from step_kernels import nvfp4, nvfp4_error
 from step_kernels.model.checkpoint import Checkpoint, CheckpointError, Entry, Piece, read_piece
 
-from . import lanes, matrices
+from . import fp8, lanes, matrices
 from .calibration import Inputs
-from .figures import Weight, tally
-from .formats import BLOCK_SCALES, CODES, GLOBAL_SCALE, Stored, place
+from .figures import COUNTS, Weight, tally
+from .formats import BLOCK_SCALES, CODES, GLOBAL_SCALE, Channels, Stored, place
 from .hessian import gptq, local_gptq, output_error
 from .matrices import label, pieces, quantize_piece
 from .plan import Group
@@ -28,7 +28,7 @@ class Output:
     """Where a weight goes, what was noted of it, and which of its matrices are all zero."""
 
     shard: Shard
-    held: list[Stored]
+    held: list[Stored] | list[Channels]
     noted: Weight
     zeros: list[int] = field(default_factory=list)
 
@@ -93,6 +93,20 @@ def quantize(
     return sum(
         source_bytes(checkpoint, weight) // len(pieces(checkpoint.entry(weight).shape)) for weight in group.weights
     )
+
+
+def to_fp8(begin: int, end: int, checkpoint: Checkpoint, weight: str, output: Output) -> int:
+    """Puts rows begin to end - 1 of a linear in FP8; gives their bytes in the source."""
+    entry = checkpoint.entry(weight)
+    buffers = lanes.buffers(matrices.piece_bytes(checkpoint, weight))
+    x, _ = matrices.read_piece(checkpoint, weight, begin, end, lanes.device(), *buffers)
+    codes, scales, sums = fp8.quantize(x)
+    if not (scales > 0).all():
+        raise CheckpointError(f"{weight}: row {begin + int((~(scales > 0)).nonzero()[0])}: weights are too small")
+    for name, data, row in zip(output.held[0].names, (codes, scales), (codes.shape[1], 4)):
+        output.shard.write(name, as_bytes(data), row * begin)
+    output.noted.add(0, sums, torch.zeros(()), torch.zeros(COUNTS, dtype=torch.int64))
+    return (entry.end - entry.begin) // entry.shape[0] * (end - begin)
 
 
 def quantize_for_inputs(

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from step_kernels.model.checkpoint import DTYPES, Entry, canonical
 
-from .layout import nvfp4_bytes
-from .modelopt import layer_number
+from .layout import FP8, NVFP4, fp8_bytes, layer_number, nvfp4_bytes
 from .plan import Plan
 
 _RECIPE = "not in recipe {recipe}"
@@ -35,7 +34,7 @@ _SCALES = ("input and KV cache scales", "factors that engines ask for")
 class Kind:
     """Tensors of one kind and precision: how many, their weights, bytes in the source and in the result.
 
-    `why`: what keeps them in the source's precision, '' for those in NVFP4.
+    `why`: what keeps them in the source's precision, '' for those in NVFP4 or FP8.
     """
 
     name: str
@@ -59,7 +58,8 @@ def kinds(plan: Plan) -> list[Kind]:
         for weight in group.weights:
             entry, inverse = plan.checkpoint.entry(weight), f"{weight}_scale_inv"
             source = _size(entry) + (_size(plan.checkpoint.entry(inverse)) if inverse in plan.checkpoint else 0)
-            count(_kind(plan, weight)[0], "NVFP4", "", 1, math.prod(entry.shape), source, nvfp4_bytes(entry.shape))
+            precision, result = {NVFP4: ("NVFP4", nvfp4_bytes), FP8: ("FP8", fp8_bytes)}[group.precision]
+            count(_kind(plan, weight)[0], precision, "", 1, math.prod(entry.shape), source, result(entry.shape))
     names = {dtype: name for name, dtype in DTYPES.items()}
     for entry, _, _ in plan.copies:
         name, why = _kind(plan, canonical(entry.stored_name))
@@ -71,11 +71,14 @@ def kinds(plan: Plan) -> list[Kind]:
 
 
 def _kind(plan: Plan, name: str) -> tuple[str, str]:
+    """A canonical name's kind, and what keeps it as it was."""
     layer = layer_number(name)
     if layer is not None and layer >= plan.config.num_layers:
         return _MTP_REST if plan.settings.mtp else _MTP
     kind, why = next((kind, why) for kind, pattern, why in _RULES if re.search(pattern, name))
-    return kind, why.format(recipe=plan.settings.recipe)
+    return kind, why.format(recipe=plan.settings.recipe) if plan.is_by_recipe else why.replace(
+        _RECIPE, "chosen to stay"
+    )
 
 
 def _size(entry: Entry) -> int:

@@ -13,6 +13,8 @@ GROUPS = (("gate_proj", "up_proj"), ("down_proj",))
 # No g_proj: SGLang and TensorRT-LLM build that one without quantization, and it is 0.4 % of a layer's attention.
 ATTENTION_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
 SHARED_HEAD = "transformer.shared_head"  # of an MTP layer
+NVFP4, FP8, SOURCE = PRECISIONS = ("nvfp4", "fp8", "source")  # of a weight; FP8: e4m3 with an f32 scale a row
+_FUSED = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}  # a group's first projection: engines' module of all
 
 
 def tensor_shapes(config: StepConfig) -> dict[str, tuple[int, ...]]:
@@ -62,44 +64,88 @@ def expert_shapes(config: StepConfig) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def weight_groups(config: StepConfig, recipe: str, lm_head: bool, mtp: bool = False) -> list[tuple[str, ...]]:
-    """Canonical names of the weights that a recipe quantizes, those with one global scale together.
-
-    `linears` takes the trunk's layers, `mtp` those that draft: the release keeps these in BF16.
-    """
-    names = []
+def weight_modules(config: StepConfig) -> dict[str, list[tuple[str, ...]]]:
+    """What engines can build quantized: module -> canonical names of its weights, in groups that must be alike."""
+    modules = {}
     for i, layer in enumerate(config.layers):
-        drafts, modules = i >= config.num_layers, {}
-        if mtp if drafts else recipe == "linears":
-            modules = {"self_attn": ATTENTION_GROUPS, "share_expert" if layer.moe else "mlp": GROUPS}
-        if layer.moe:
-            modules["moe"] = GROUPS
-        if drafts and mtp and lm_head:
-            modules[SHARED_HEAD] = (("output",),)
-        for module, groups in modules.items():
-            names += [tuple(weight_name(i, projection, module) for projection in group) for group in groups]
-    return [*names, ("lm_head.weight",)] if lm_head else names
+        parts = {"self_attn": ATTENTION_GROUPS, "share_expert" if layer.moe else "mlp": GROUPS}
+        parts |= {"moe": GROUPS} if layer.moe else {}
+        parts |= {SHARED_HEAD: (("output",),)} if i >= config.num_layers else {}
+        for part, groups in parts.items():
+            names = [tuple(weight_name(i, projection, part) for projection in group) for group in groups]
+            modules[f"model.layers.{i}.{part}"] = names
+    return modules | {"lm_head": [("lm_head.weight",)]}
 
 
-def parts_left(config: StepConfig, layer: int, recipe: str, lm_head: bool, mtp: bool) -> tuple[str, ...]:
-    """The modules with linears of a layer that a recipe leaves alone, `("",)` for all of the layer.
+def weight_groups(config: StepConfig) -> list[tuple[str, ...]]:
+    """The groups of all modules: weights of one precision, in NVFP4 with one global scale."""
+    return [group for groups in weight_modules(config).values() for group in groups]
 
-    eh_proj is among them since vLLM never builds it quantized.
+
+def is_expert(weight: str) -> bool:
+    """Whether a canonical name is that of routed experts' weights."""
+    return any(f".moe.{projection}." in weight for group in GROUPS for projection in group)
+
+
+def recipe_precisions(config: StepConfig, recipe: str, rest: str, lm_head: bool, mtp: bool) -> dict[str, str]:
+    """The precision of each group, by its first weight, by a recipe and what it has `rest` become.
+
+    Routed experts are always in NVFP4. `lm_head` takes in the heads, `mtp` the layers that draft: in NVFP4 too where
+    the rest stays as it is. The release keeps both in BF16.
     """
-    drafts, moe = layer >= config.num_layers, config.layers[layer].moe
-    linears = mtp if drafts else recipe == "linears"
-    if not (linears or moe):
+    found = {}
+    for leader, *_ in weight_groups(config):
+        is_head = leader == "lm_head.weight" or SHARED_HEAD in leader
+        drafts = (layer_number(leader) or 0) >= config.num_layers
+        if is_expert(leader):
+            found[leader] = NVFP4
+        elif (is_head and not lm_head) or (drafts and not mtp):
+            found[leader] = SOURCE
+        else:
+            found[leader] = NVFP4 if recipe == "linears" or (drafts and rest == SOURCE) else rest
+    return found
+
+
+def parts_left(config: StepConfig, layer: int, precisions: dict[str, str]) -> tuple[str, ...]:
+    """The modules with linears of a layer that stay as they are, `("",)` for all of the layer.
+
+    Of a module in several precisions also engines' names of several projections in one. eh_proj is among them since
+    vLLM never builds it quantized.
+    """
+    drafts, moe, parts = layer >= config.num_layers, config.layers[layer].moe, []
+    modules = weight_modules(config)
+    for part in ("self_attn", "share_expert" if moe else "mlp"):
+        groups = modules[f"model.layers.{layer}.{part}"]
+        kept = [group for group in groups if precisions[group[0]] == SOURCE]
+        if len(kept) == len(groups):
+            parts.append(part)
+        else:
+            parts += ["self_attn.g_proj"] if part == "self_attn" else []
+            parts += [name for group in kept for name in engine_names(group)]
+    head_left = drafts and precisions[weight_name(layer, "output", SHARED_HEAD)] == SOURCE
+    if parts == ["self_attn", "mlp"] and head_left == drafts:
         return ("",)
-    parts = ("self_attn.g_proj",) if linears else ("self_attn", "share_expert")
-    parts += ("moe.gate",) if moe else ()
-    if drafts:
-        parts += ("eh_proj",) if linears and lm_head else ("eh_proj", "shared_head")
-    return parts
+    parts += ["moe.gate"] if moe else []
+    parts += ["eh_proj"] if drafts else []
+    return (*parts, *(["shared_head"] if head_left else []))
+
+
+def engine_names(group: tuple[str, ...]) -> list[str]:
+    """The modules of a group's weights without their layer, and what engines call several of them in one."""
+    names = [projection_name(weight) for weight in group]
+    module, _, first = names[0].rpartition(".")
+    return names + ([f"{module}.{_FUSED[first]}"] if len(names) > 1 else [])
 
 
 def weight_name(layer: int, projection: str, module: str = "moe") -> str:
     """The canonical name of a projection's weight; by default the experts' stacked one."""
     return f"model.layers.{layer}.{module}.{projection}.weight"
+
+
+def layer_number(name: str) -> int | None:
+    """N of a canonical `model.layers.N.*`."""
+    part = name.split(".")
+    return int(part[2]) if part[:2] == ["model", "layers"] and len(part) > 2 and part[2].isdecimal() else None
 
 
 def projection_name(weight: str) -> str:
@@ -134,3 +180,8 @@ def nvfp4_bytes(shape: tuple[int, ...]) -> int:
     """Bytes of the codes, block scales and global scales of a weight [n, k] or [experts, n, k]."""
     count = math.prod(shape)
     return count // 2 + count // BLOCK + 4 * math.prod(shape[:-2])
+
+
+def fp8_bytes(shape: tuple[int, int]) -> int:
+    """Bytes of the codes and row scales of a weight [n, k] in FP8."""
+    return math.prod(shape) + 4 * shape[0]

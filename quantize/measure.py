@@ -10,16 +10,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from step_kernels import nvfp4
+from step_kernels.model.checkpoint import Checkpoint
 
+from . import fp8
 from .checks import State
 from .contents import read_rows
 from .errors import decibel
-from .formats import Stored
-from .layout import projection_name
-from .modelopt import layer_number
+from .formats import Channels, Stored
+from .layout import layer_number, projection_name
 
 _MATRICES, _ELEMENTS = 8, 1 << 18  # of each weight: matrices (or parts of a linear), and weights in each
-
+# Of e4m3: a code is at most 1/16 off, and what is subnormal at most 2^-10 of 448, far less of a row's amax.
+_FP8_BOUND = 2.0**-8
 
 _COLUMNS = ("stored", *nvfp4.SEARCHES)
 
@@ -35,6 +37,7 @@ class Measured:
     def add(self, weight: str, place: str, sums: dict[str, float]) -> None:
         """A sample of a weight."""
         projection, layer = projection_name(weight), layer_number(weight)
+        projection += "" if nvfp4.SEARCHES[-1] in sums else " FP8"
         total = self.sums.setdefault(projection, dict.fromkeys(sums, 0.0))
         for name, value in sums.items():
             total[name] += value
@@ -46,46 +49,63 @@ class Measured:
         """A line a projection: relative MSE as stored, and what the data-free searches give on the same weights."""
         if not self.sums:
             return []
-        lines = ["relative MSE of samples" + "".join(f"{name:>10}" for name in _COLUMNS) + "  stored at worst"]
+        width = max(23, *(len(projection) for projection in self.sums))
+        lines = [
+            f"{'relative MSE of samples':<{width}}" + "".join(f"{name:>10}" for name in _COLUMNS) + "  stored at worst"
+        ]
         for projection, sums in self.sums.items():
-            numbers = "".join(f"{_ratio(sums, name):10.6f}" for name in _COLUMNS)
+            numbers = "".join(f"{_ratio(sums, name):10.6f}" if name in sums else f"{'-':>10}" for name in _COLUMNS)
             worst, where = self.worst[projection]
-            lines.append(f"{projection:<23}{numbers}  {worst:.6f} {where}, {decibel(_ratio(sums, 'stored')):.2f} dB")
+            lines.append(
+                f"{projection:<{width}}{numbers}  {worst:.6f} {where}, {decibel(_ratio(sums, 'stored')):.2f} dB"
+            )
         return lines
 
 
 def error(state: State, bound: float, quiet: bool | None) -> Measured:
-    """(e) Against the source: no sample's relative MSE above `bound`, and no weight's above what `max` would give."""
+    """(e) Against the source: no sample's relative MSE above `bound` (or what FP8 can err), and no weight's above what
+    scales by amax would give."""
     measured, found = Measured(), state.findings
     if state.source is None:
         found.skipped["e"] = "no --source to compare with"
         return measured
-    for weight, parts in tqdm(state.model.quantized.items(), desc="measuring", disable=quiet, leave=False):
-        samples = []
-        for at, (owner, matrix, label) in _samples(owners(parts)):
-            x, scale = _source_rows(state, owner, matrix, at), _outer(state, owner, matrix)
+    held = state.model.quantized | state.model.channels
+    for weight, parts in tqdm(held.items(), desc="measuring", disable=quiet, leave=False):
+        taken, channels = [], weight in state.model.channels
+        for at, (owner, matrix, label) in samples(owners(parts)):
+            x, scale = _source_rows(state, owner, matrix, at), None if channels else _outer(state, owner, matrix)
             if x is None:
                 found.fail("e", f"is not in the source as {list(parts[0].shape)}", weight)
                 break
-            if scale is None or not set(owner.names[:2]) <= state.sound.keys():
+            if not set(owner.names[:2]) <= state.sound.keys() or (scale is None and not channels):
                 continue
-            sums = _sums(x, _decoded(state, owner, matrix, at, scale), scale)
-            samples.append((label or f"row {at}", sums))
-            measured.add(weight, samples[-1][0], sums)
+            sums = _fp8_sums(state, owner, at, x) if channels else _sums(state, owner, matrix, at, x, scale)
+            taken.append((label or f"row {at}", sums))
+            measured.add(weight, taken[-1][0], sums)
             measured.elements += x.numel()
-        _judge(state, parts[0].names[0], samples, bound)
+        _judge(state, parts[0].names[0], taken, min(bound, _FP8_BOUND) if channels else bound)
     found.done["e"] = f"at most {bound:.4f} in every sample, {measured.elements / 1e6:.1f} M weights in all"
     return measured
 
 
-def _sums(x: Tensor, decoded: Tensor, scale: Tensor) -> dict[str, float]:
+def _sums(state: State, stored: Stored, matrix: int, at: int, x: Tensor, scale: Tensor) -> dict[str, float]:
     """A sample's squared size, and squared error as decoded and as each search would leave it."""
     from .matrices import quantize_piece
 
-    x32 = x.float()
-    sums = {"power": x32.square().sum(dtype=torch.float64).item()}
-    sums["stored"] = (decoded - x32).square_().sum(dtype=torch.float64).item()
+    sums = _stored_sums(x, _decoded(state, stored, matrix, at, scale))
     return sums | {search: quantize_piece(x, scale, search)[2][0].item() for search in nvfp4.SEARCHES}
+
+
+def _fp8_sums(state: State, channels: Channels, at: int, x: Tensor) -> dict[str, float]:
+    """The same of a sample in FP8."""
+    codes = sample_rows(state.contents, channels, channels.names[0], 0, at).float()
+    scales = state.contents.read(channels.names[1]).reshape(-1, 1)[at : at + len(codes)].float()
+    return _stored_sums(x, codes * scales) | {"max": fp8.quantize(x)[2][0].item()}
+
+
+def _stored_sums(x: Tensor, decoded: Tensor) -> dict[str, float]:
+    x = x.float()
+    return {name: t.square().sum(dtype=torch.float64).item() for name, t in (("power", x), ("stored", decoded - x))}
 
 
 def _ratio(sums: dict[str, float], name: str) -> float:
@@ -94,7 +114,7 @@ def _ratio(sums: dict[str, float], name: str) -> float:
 
 def _judge(state: State, name: str, samples: list[tuple[str, dict[str, float]]], bound: float) -> None:
     above = [(place, sums) for place, sums in samples if not _ratio(sums, "stored") <= bound]
-    whole = {key: math.fsum(sums[key] for _, sums in samples) for key in ("power", *_COLUMNS)}
+    whole = {key: math.fsum(sums[key] for _, sums in samples) for key in ("power", "stored", "max")}
     if above:
         place, sums = max(above, key=lambda a: (math.isnan(_ratio(a[1], "stored")), _ratio(a[1], "stored")))
         detail = f"{place}: {_ratio(sums, 'stored'):.4f}, max gives {_ratio(sums, 'max'):.4f}"
@@ -107,7 +127,7 @@ def _judge(state: State, name: str, samples: list[tuple[str, dict[str, float]]],
         state.findings.note("e", "errs more than max would", name, detail, effect)
 
 
-def _samples(held: list) -> list[tuple[int, tuple]]:
+def samples(held: list) -> list[tuple[int, tuple]]:
     """What to measure of a weight: the first row, and the matrix; spread over the experts, or over a linear's rows."""
     n, k = held[0][0].shape[-2:]
     spare, last = n - _rows(n, k), _MATRICES - 1
@@ -122,6 +142,11 @@ def _rows(n: int, k: int) -> int:
     return min(n, max(1, _ELEMENTS // k))
 
 
+def sample_rows(checkpoint: Checkpoint, held: Stored | Channels, name: str, matrix: int, at: int) -> Tensor:
+    """The rows of a sample from row `at` on, of a tensor with the weight's rows."""
+    return read_rows(checkpoint, name, matrix, at, at + _rows(*held.shape[-2:]))
+
+
 def _source_rows(state: State, stored: Stored, matrix: int, at: int) -> Tensor | None:
     """The sample's rows in the source, or None where it has no such weight."""
     if state.source is None:
@@ -133,8 +158,7 @@ def _source_rows(state: State, stored: Stored, matrix: int, at: int) -> Tensor |
     which = stored.expert if stored.expert is not None else matrix
     if experts and which >= entry.shape[0]:
         return None
-    rows = _rows(*shape[-2:])
-    return read_rows(state.source, stored.weight, which, at, at + rows)
+    return sample_rows(state.source, stored, stored.weight, which, at)
 
 
 def _outer(state: State, stored: Stored, matrix: int) -> Tensor | None:
@@ -148,8 +172,7 @@ def _outer(state: State, stored: Stored, matrix: int) -> Tensor | None:
 
 def _decoded(state: State, stored: Stored, matrix: int, at: int, scale: Tensor) -> Tensor:
     """The sample's rows as the files have them, read with `scale`."""
-    rows = _rows(*stored.shape[-2:])
-    codes, blocks = (read_rows(state.contents, name, matrix, at, at + rows) for name in stored.names[:2])
+    codes, blocks = (sample_rows(state.contents, stored, name, matrix, at) for name in stored.names[:2])
     return nvfp4.dequantize(codes, blocks, scale)
 
 

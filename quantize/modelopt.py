@@ -8,12 +8,20 @@ from step_kernels.model.checkpoint import INDEX
 from step_kernels.model.config import StepConfig
 from step_kernels.nvfp4 import BLOCK
 
-from .layout import parts_left
+from .layout import FP8, NVFP4, SHARED_HEAD, SOURCE, is_expert, layer_number, parts_left
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 NAMES = ("source", "released")
 # Engines take hf_quant_config.json for modelopt's by this name; the version is the one whose layout this follows.
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+MIXED = "MIXED_PRECISION"
+ALGORITHMS = {NVFP4: {"quant_algo": "NVFP4", "group_size": BLOCK}, FP8: {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}}
+_BITS_4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
+_BITS_8 = {"dynamic": False, "num_bits": 8, "type": "float"}
+_NUMBERS = {
+    "NVFP4": {"input_activations": _BITS_4, "weights": _BITS_4},
+    "FP8_PER_CHANNEL_PER_TOKEN": {"input_activations": _BITS_8, "weights": _BITS_8 | {"strategy": "channel"}},
+}
 
 
 def released_name(name: str, config: StepConfig) -> str:
@@ -26,27 +34,19 @@ def released_name(name: str, config: StepConfig) -> str:
     return name
 
 
-def layer_number(name: str) -> int | None:
-    """N of a canonical `model.layers.N.*`."""
-    part = name.split(".")
-    return int(part[2]) if part[:2] == ["model", "layers"] and len(part) > 2 and part[2].isdecimal() else None
-
-
-def exclude_patterns(
-    config: StepConfig, recipe: str, lm_head: bool = False, mtp: bool = False, spellings: set[str] = frozenset()
-) -> list[str]:
+def exclude_patterns(config: StepConfig, precisions: dict[str, str], spellings: set[str] = frozenset()) -> list[str]:
     """Patterns of the modules left alone, under the source's and the release's prefix (and any other in `spellings`).
 
     A layer number is always followed by a dot: engines read `layers.1*` as a substring, which takes in 10 to 19.
     `moe.gate` has no star, which would take in moe.gate_proj.
     """
-    modules = ["model.embed_tokens"] if lm_head else ["lm_head", "model.embed_tokens"]
+    modules = ["lm_head"] * (precisions["lm_head.weight"] == SOURCE) + ["model.embed_tokens"]
     for i in range(len(config.layers)):
-        for part in parts_left(config, i, recipe, lm_head, mtp):
+        for part in parts_left(config, i, precisions):
             # vLLM's draft model has most of a layer below mtp_block, and shared_head not below transformer.
             inner = ("transformer.", "") if part == "shared_head" else ("", "mtp_block.")
             inner = inner if part and part != "eh_proj" and i >= config.num_layers else ("",)
-            star = "*" if part in ("", "self_attn", "share_expert", "shared_head") else ""
+            star = "*" if part in ("", "self_attn", "share_expert", "mlp", "shared_head") else ""
             modules += [f"model.layers.{i}.{above}{part}{star}" for above in inner]
     if config.vision:
         modules += ["vision_model*", "vit_large_projector*"]
@@ -59,26 +59,49 @@ def exclude_patterns(
     return list(patterns)
 
 
-def hf_quant_config(patterns: list[str], kv_cache: str) -> dict:
-    """The content of hf_quant_config.json."""
+def quantized_layers(config: StepConfig, weights: dict[str, tuple[str, str]]) -> dict[str, dict]:
+    """The algorithm of each quantized module, for checkpoints in several precisions.
+
+    `weights`: canonical name -> name in the result, precision. Beside the tensors' own module names those under which
+    vLLM looks for the routed experts and, in the layers that draft, for all.
+    """
+    found = {}
+    for weight, (name, precision) in weights.items():
+        module = name.removesuffix(".weight")
+        names = [f"{module.rpartition('.')[0]}.experts"] if is_expert(weight) else []
+        if (layer_number(weight) or 0) >= config.num_layers and not is_expert(weight):
+            at = f"model.layers.{layer_number(weight)}"
+            inner = weight.removeprefix(f"{at}.").removesuffix(".weight")
+            names = [f"{at}.shared_head.head" if inner.startswith(SHARED_HEAD) else f"{at}.mtp_block.{inner}"]
+        found |= dict.fromkeys((*names, module), ALGORITHMS[precision])
+    return found
+
+
+def hf_quant_config(patterns: list[str], kv_cache: str, layers: dict[str, dict] | None = None) -> dict:
+    """The content of hf_quant_config.json; `layers`: of quantized_layers, where there are several precisions."""
     return {
         "producer": PRODUCER,
         "quantization": {
-            "quant_algo": "NVFP4",
+            "quant_algo": MIXED if layers else "NVFP4",
             "kv_cache_quant_algo": "FP8" if kv_cache == "fp8" else None,
             "group_size": BLOCK,
             "exclude_modules": patterns,
+            **({"quantized_layers": layers} if layers else {}),
         },
     }
 
 
-def quantization_config(patterns: list[str], kv_cache: str) -> dict:
+def quantization_config(patterns: list[str], kv_cache: str, layers: dict[str, dict] | None = None) -> dict:
     """The same for config.json, in the form modelopt's own converter gives it."""
-    number = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
+    targets: dict[str, list[str]] = {} if layers else {"NVFP4": ["Linear"]}
+    for name, how in (layers or {}).items():
+        targets.setdefault(how["quant_algo"], []).append(name)
+    groups = [_NUMBERS[algorithm] | {"targets": sorted(names)} for algorithm, names in targets.items()]
     return {
-        "config_groups": {"group_0": {"input_activations": number, "weights": number, "targets": ["Linear"]}},
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "ignore": patterns,
-        "quant_algo": "NVFP4",
+        "quant_algo": MIXED if layers else "NVFP4",
+        **({"quantized_layers": layers} if layers else {}),
         **({"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}} if kv_cache == "fp8" else {}),
         "producer": PRODUCER,
         "quant_method": "modelopt",

@@ -20,8 +20,9 @@ from .cli import print_problems
 from .convert import STATE, Summary, run
 from .estimate import estimate, table
 from .formats import FORMATS
+from .kinds import kinds
 from .modelopt import NAMES
-from .plan import CALIBRATED, KV_CACHES, KV_SCALES, RECIPES, Settings, UsageError
+from .plan import CALIBRATED, KV_CACHES, KV_SCALES, RECIPES, REST, Settings, UsageError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.kv_scales,
             options.format,
             options.mtp,
+            options.rest,
         )
         if options.dry_run:
             return _dry_run(options, settings)
@@ -85,12 +87,21 @@ def _parser() -> Parser:
         "too; the router, the attention's small g_proj (engines expect it so) and the vision encoder stay as they are "
         "in both, and so do the MTP layers without --mtp (default: %(default)s)",
     )
-    parser.add_argument("--lm-head", action="store_true", help="quantize lm_head too; only with --recipe linears")
+    parser.add_argument(
+        "--rest",
+        choices=REST,
+        default=REST[0],
+        help="with --recipe experts, what becomes of the trunk's other linear layers: they stay as they are, or go to "
+        "FP8 with a scale a row, for vLLM 0.33 and this project (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lm-head", action="store_true", help="quantize lm_head too; only with --recipe linears or --rest fp8"
+    )
     parser.add_argument(
         "--mtp",
         action="store_true",
-        help="quantize the MTP layers' attention and MLP too (with --lm-head also their heads), for vLLM and this "
-        "project: SGLang builds these layers unquantized",
+        help="quantize the MTP layers' attention and MLP too (with --lm-head also their heads), to NVFP4 or as --rest "
+        "says, for vLLM and this project: SGLang builds these layers unquantized",
     )
     parser.add_argument(
         "--search",
@@ -160,9 +171,11 @@ def _dry_run(options: argparse.Namespace, settings: Settings) -> int:
     print("\n".join(table(plan, options.verbose)))
     rates = (cost.reading, cost.quantizing, cost.writing)
     print("measured: read {:.2f}, quantize {:.2f}, write {:.2f} GB/s".format(*(rate / 1e9 for rate in rates)))
+    found = kinds(plan)
+    bits = 8 * sum(kind.result for kind in found) / sum(kind.weights for kind in found)
     print(
-        f"reads {_size(cost.read)}, writes {_size(cost.written)} in {len(plan.shards)} files where {_size(cost.free)} "
-        f"are free; takes about {_duration(cost.seconds)}, without the verification"
+        f"reads {_size(cost.read)}, writes {_size(cost.written)} in {len(plan.shards)} files, {bits:.2f} bits a "
+        f"weight, where {_size(cost.free)} are free; takes about {_duration(cost.seconds)}, without the verification"
     )
     if cost.written > cost.free:
         raise CheckpointError(f"{options.target}: {cost.free:,} bytes are free, wanted {cost.written:,}")

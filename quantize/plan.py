@@ -16,20 +16,34 @@ from step_kernels.nvfp4 import BLOCK, SEARCHES
 
 from . import compressed
 from .calibration import read_tokens
-from .formats import COMPRESSED, FORMATS, INPUT_SCALE, Stored, stored
-from .layout import expert_shapes, inverse_scale_shape, projection_name, tensor_shapes, weight_groups
+from .formats import COMPRESSED, FORMATS, INPUT_SCALE, Channels, Stored, stored
+from .layout import (
+    FP8,
+    NVFP4,
+    PRECISIONS,
+    SOURCE,
+    expert_shapes,
+    inverse_scale_shape,
+    is_expert,
+    layer_number,
+    projection_name,
+    recipe_precisions,
+    tensor_shapes,
+    weight_groups,
+)
 from .modelopt import (
     HF_QUANT_CONFIG,
     NAMES,
     exclude_patterns,
     hf_quant_config,
-    layer_number,
     quantization_config,
+    quantized_layers,
     released_name,
 )
 
 BUNDLED = "bundled"
 RECIPES = ("experts", "linears")
+REST = (SOURCE, FP8)
 KV_CACHES, KV_SCALES = ("fp8", "none"), ("cast", "calibrated")
 CALIBRATED = ("hessian", "gptq")  # searches that need to know the inputs of a weight
 FLOATS = ("BF16", "F16", "F32")
@@ -53,16 +67,19 @@ class Settings:
     kv_scales: str = "cast"
     format: str = FORMATS[0]
     mtp: bool = False
+    rest: str = SOURCE
 
     def __post_init__(self):
         searches = (*SEARCHES, *CALIBRATED)
         choices = {"recipe": RECIPES, "search": searches, "kv_cache": KV_CACHES, "names": NAMES, "kv_scales": KV_SCALES}
-        choices["format"] = FORMATS
+        choices |= {"format": FORMATS, "rest": REST}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(allowed)}")
-        if self.lm_head and self.recipe != "linears":
-            raise UsageError(f"lm_head: got it with recipe {self.recipe}, wanted recipe linears")
+        if self.rest == FP8 and self.recipe == "linears":
+            raise UsageError("rest: got fp8 with recipe linears, which leaves nothing to it, wanted recipe experts")
+        if self.lm_head and self.recipe != "linears" and self.rest == SOURCE:
+            raise UsageError(f"lm_head: got it with recipe {self.recipe}, wanted recipe linears, or rest fp8")
         if self.calibration is None and self.search in CALIBRATED:
             raise UsageError(f"search: {self.search} needs to know the weights' inputs, wanted calibration data")
         if self.kv_scales == "calibrated" and (self.calibration is None or self.kv_cache == "none"):
@@ -76,10 +93,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Group:
-    """Weights that share a global scale (an expert). `weights`: canonical names; `outputs`: shard, name."""
+    """Weights of one precision, in NVFP4 with one global scale (an expert). `weights`: canonical names; `outputs`:
+    shard, name."""
 
     weights: tuple[str, ...]
     outputs: tuple[tuple[str, str], ...]
+    precision: str = NVFP4
 
 
 @dataclass(frozen=True)
@@ -98,11 +117,13 @@ class Constant:
 
 @dataclass
 class Plan:
-    """`shards`: file -> tensor -> (dtype, shape); `copies`: entry, file, name."""
+    """`precisions`: of each of layout.weight_groups, by its first weight; `shards`: file -> tensor -> (dtype, shape);
+    `copies`: entry, file, name."""
 
     checkpoint: Checkpoint
     config: StepConfig
     settings: Settings
+    precisions: dict[str, str]
     patterns: list[str]
     tokens: Tensor | None = None  # i64 [sequences, length], to calibrate with
     shards: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = field(default_factory=dict)
@@ -116,8 +137,14 @@ class Plan:
         entries = [(e.stored_name, e.file.name, _NAME[e.dtype], e.shape, e.begin) for e in self._entries()]
         seen = None if self.tokens is None else hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
         settings = asdict(self.settings) | {"calibration": seen}
-        what = [step_kernels.__version__, settings, entries, self.checkpoint.config]
+        what = [step_kernels.__version__, settings, self.precisions, entries, self.checkpoint.config]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def is_by_recipe(self) -> bool:
+        """Whether every precision is the recipe's."""
+        s = self.settings
+        return self.precisions == recipe_precisions(self.config, s.recipe, s.rest, s.lm_head, s.mtp)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -127,18 +154,23 @@ class Plan:
     @property
     def quantization(self) -> dict[str, dict]:
         """What the config files say of the result: file -> quantization, hf_quant_config.json only of modelopt's."""
-        settings = self.settings
-        if settings.format == COMPRESSED:
-            return {"config.json": compressed.quantization_config(self.patterns, settings.kv_cache, settings.lm_head)}
+        cache = self.settings.kv_cache
+        if self.settings.format == COMPRESSED:
+            found = compressed.quantization_config(self.config, self.precisions, self.patterns, cache)
+            return {"config.json": found}
+        layers = None
+        if FP8 in self.precisions.values():
+            held = {w: (name, g.precision) for g in self.groups for w, (_, name) in zip(g.weights, g.outputs)}
+            layers = quantized_layers(self.config, held)
         return {
-            HF_QUANT_CONFIG: hf_quant_config(self.patterns, settings.kv_cache),
-            "config.json": quantization_config(self.patterns, settings.kv_cache),
+            HF_QUANT_CONFIG: hf_quant_config(self.patterns, cache, layers),
+            "config.json": quantization_config(self.patterns, cache, layers),
         }
 
-    def stored(self, weight: str, name: str) -> list[Stored]:
+    def stored(self, weight: str, name: str, precision: str) -> list[Stored] | list[Channels]:
         """How the result holds a quantized weight of that canonical name and name in the result."""
         form = self.settings.format
-        return stored(weight, name, self.checkpoint.entry(weight).shape, form, form == COMPRESSED)
+        return stored(weight, name, self.checkpoint.entry(weight).shape, form, form == COMPRESSED, precision)
 
     def _entries(self) -> list[Entry]:
         return sorted(self.checkpoint.entries.values(), key=lambda e: (e.file.name, e.begin, e.stored_name))
@@ -152,10 +184,11 @@ def resolve_source(source: str | Path) -> Path:
     return Path(step_kernels.model.__file__).parent / "bundled" if str(source) == BUNDLED else Path(source)
 
 
-def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
+def make_plan(checkpoint: Checkpoint, settings: Settings, precisions: dict[str, str] | None = None) -> Plan:
     """The plan for an opened checkpoint; each of its tensors must match a rule and none of the model's may be missing.
 
-    An output shard holds what the tensors of the source shard of that name become.
+    `precisions`: first weight of a group -> nvfp4, fp8 or source, in place of what the recipe says; none of routed
+    experts. An output shard holds what the tensors of the source shard of that name become.
     """
     method = _quant_method(checkpoint.config)
     if method not in (None, "fp8"):
@@ -178,13 +211,21 @@ def make_plan(checkpoint: Checkpoint, settings: Settings) -> Plan:
             f"names: got released, but {checkpoint.folder} is a model of text alone, whose tensors no engine finds "
             f"under model.language_model.*, wanted source"
         )
-    left = (config, settings.recipe, settings.lm_head, settings.mtp)
-    patterns = compressed.ignored(*left) if settings.format == COMPRESSED else exclude_patterns(*left, third)
-    plan = Plan(checkpoint, config, settings, patterns)
+    chosen = recipe_precisions(config, settings.recipe, settings.rest, settings.lm_head, settings.mtp)
+    for leader, precision in (precisions or {}).items():
+        if leader not in chosen or is_expert(leader) or precision not in PRECISIONS:
+            wanted = f"the first weight of a group of linears as one of {', '.join(PRECISIONS)}"
+            raise UsageError(f"precisions: got {leader} as {precision}, wanted {wanted}")
+    chosen |= precisions or {}
+    if settings.format == COMPRESSED:
+        patterns = compressed.ignored(config, chosen)
+    else:
+        patterns = exclude_patterns(config, chosen, third)
+    plan = Plan(checkpoint, config, settings, chosen, patterns)
     if settings.calibration is not None:
         plan.tokens = read_tokens(settings.calibration, checkpoint.folder, config)
     shapes = tensor_shapes(config) | expert_shapes(config)
-    groups = weight_groups(*left)
+    groups = [group for group in weight_groups(config) if chosen[group[0]] != SOURCE]
     quantized = {name for group in groups for name in group}
     _check_names(checkpoint, config, shapes, quantized)
     for name in shapes:
@@ -237,11 +278,11 @@ def _cache_scale(plan: Plan, name: str, file: str, output: str) -> None:
 
 
 def _quantize(plan: Plan, weights: tuple[str, ...], shapes: dict) -> None:
-    outputs = []
+    outputs, precision = [], plan.precisions[weights[0]]
     for name in weights:
         entry, shape = plan.checkpoint.entry(name), shapes[name]
         _expect(entry, shape, (*FLOATS, "F8_E4M3"))
-        if shape[-1] % BLOCK:
+        if precision == NVFP4 and shape[-1] % BLOCK:
             raise CheckpointError(
                 f"{entry.file}: {entry.stored_name}: rows of {shape[-1]}, wanted a multiple of {BLOCK}"
             )
@@ -251,15 +292,15 @@ def _quantize(plan: Plan, weights: tuple[str, ...], shapes: dict) -> None:
         elif inverse in plan.checkpoint:
             raise CheckpointError(f"{name}: is {_NAME[entry.dtype]}, but {inverse} is there, wanted F8_E4M3 with it")
         file, output = entry.file.name, _output_name(plan, name, entry)
-        for held in plan.stored(name, output):
+        for held in plan.stored(name, output, precision):
             for part, (tensor, (dtype, allowed)) in enumerate(held.tensors.items()):
                 plan.add(file, tensor, dtype, allowed[0])
-                if part == INPUT_SCALE:  # 1.0 without calibration data: activations keep their own magnitude
+                if part == INPUT_SCALE:  # NVFP4's; 1.0 without calibration data: activations keep their own magnitude
                     what = f"{projection_name(name)}.input_scale"
                     plan.constants.append(Constant(file, tensor, layer_number(name), what, held.inverse))
         _cache_scale(plan, name, file, output)
         outputs.append((file, output))
-    plan.groups.append(Group(weights, tuple(outputs)))
+    plan.groups.append(Group(weights, tuple(outputs), precision))
 
 
 def _output_name(plan: Plan, name: str, entry: Entry) -> str:

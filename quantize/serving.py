@@ -10,12 +10,23 @@ from step_kernels.model.config import StepConfig
 from step_kernels.nvfp4 import BLOCK
 
 from .checks import State, both_configs, config_groups
-from .engines import ENGINES, Excludes, SplitModule, compressed_tensors_excludes, modules
-from .modelopt import HF_QUANT_CONFIG, layer_number
+from .engines import (
+    ENGINES,
+    Algorithms,
+    Excludes,
+    SplitModule,
+    compressed_tensors_excludes,
+    compressed_tensors_group,
+    modules,
+)
+from .layout import FP8, NVFP4, layer_number
+from .modelopt import ALGORITHMS, HF_QUANT_CONFIG, MIXED
 
 _EMBEDDING = "model.embed_tokens.weight"  # no linear layer: nobody asks the exclude list about it
 _VLLM_LISTS = ("layer_types", "rope_theta", "partial_rotary_factors")
 _LAYER_LISTS = (*_VLLM_LISTS, "swiglu_limits", "swiglu_limits_shared")
+_NVFP4, _FP8 = (ALGORITHMS[precision]["quant_algo"] for precision in (NVFP4, FP8))
+_HELD = {(True, False): _NVFP4, (False, True): _FP8, (False, False): ""}  # of a weight in NVFP4, in FP8, in neither
 _MTP = "answers come without it; vLLM and SGLang fail when asked for speculative decoding by MTP"
 
 
@@ -26,26 +37,34 @@ def excludes(state: State) -> None:
         return found.fail("d", "is no list of patterns", "exclude list", repr(patterns)[:40])
     if model.compressed:
         return _compressed_excludes(state, patterns)
-    counts, culprits = [], []
-    for engine in ENGINES:
+    counts, culprits, mixed = [], [], state.claims.algorithm == MIXED
+    algorithms = Algorithms(state.claims.layers, model.config.vision is not None)
+    for engine in ENGINES[: 1 if mixed else None]:  # vLLM alone reads FP8 by rows
         rules, asked = Excludes(engine, patterns, model.config.vision is not None), modules(engine, model.config)
         asked = [m for m in asked if all(w in model.quantized or w in state.contents for w in m.weights)]
         counts.append(f"{len(asked)} modules of {engine}")
         for module in asked:
             quantized = {w in model.quantized for w in module.weights}
+            held = {_HELD[w in model.quantized, w in model.channels] for w in module.weights}
             try:
                 left_out = rules.leaves_out(module)
+                built = algorithms.of(module) if mixed else _NVFP4
             except SplitModule:
-                found.fail("d", "some but not all of its weights are excluded", module.name, effect=f"{engine} stops")
+                what = "some but not all of its weights are excluded" + ", or of one algorithm" * mixed
+                found.fail("d", what, module.name, effect=f"{engine} stops")
                 continue
             except re.error:
                 found.fail("d", "holds a pattern that is no expression", "exclude list", effect=f"{engine} stops")
                 break
-            if left_out and True in quantized:
+            if left_out and held != {""}:
                 culprits.append(rules.culprit(module))
                 effect = f"{engine} builds it in BF16 and cannot load it"
-                found.fail("d", "is excluded, but NVFP4 in the files", module.name, f"by {culprits[-1]}", effect)
-            elif not left_out and False in quantized:
+                what = f"is excluded, but {'NVFP4' if True in quantized else 'FP8'} in the files"
+                found.fail("d", what, module.name, f"by {culprits[-1]}", effect)
+            elif mixed and not left_out and held != {built or ""}:
+                what = f"is {built or 'nothing'} by quantized_layers, but {' and '.join(sorted(held))} in the files"
+                found.fail("d", what, module.name, effect=f"{engine} builds it so and cannot load it")
+            elif not mixed and not left_out and False in quantized:
                 effect = f"{engine} builds it in NVFP4 and finds no scales: it stops at load"
                 found.fail("d", "is not excluded, but not in NVFP4 in the files", module.name, effect=effect)
     found.done["d"] = f"{len(patterns)} patterns on {' and '.join(counts)}"
@@ -59,12 +78,17 @@ def excludes(state: State) -> None:
 
 def _compressed_excludes(state: State, patterns: list[str]) -> None:
     found, model = state.findings, state.model
-    names = {w.removesuffix(".weight"): w for w in (*model.quantized, *model.left) if w != _EMBEDDING}
+    groups = config_groups(both_configs(state.contents)[0])
+    held = model.quantized | model.channels
+    names = {w.removesuffix(".weight"): w for w in (*held, *model.left) if w != _EMBEDDING}
     for canonical_name, weight in names.items():
-        stems = [s.names[0].rpartition(".")[0] for s in model.quantized.get(weight, [])]
-        matched = [s for s in stems if compressed_tensors_excludes(s, patterns)]
-        for stem in matched:
-            found.fail("d", "is excluded, but NVFP4 in the files", stem)
+        stems = [s.names[0].rpartition(".")[0] for s in held.get(weight, [])]
+        precision, bits = ("NVFP4", 4) if weight in model.quantized else ("FP8", 8)
+        for stem in stems:
+            if compressed_tensors_excludes(stem, patterns):
+                found.fail("d", f"is excluded, but {precision} in the files", stem)
+            elif ((compressed_tensors_group(stem, groups).get("weights")) or {}).get("num_bits", bits) != bits:
+                found.fail("d", f"is in a config group of other bits, but {precision} in the files", stem)
         entry = state.sound.get(weight)
         if not stems and entry is not None and len(entry.shape) == 2 and weight.endswith(".weight"):
             spelt = {canonical_name, entry.stored_name.removesuffix(".weight")}
@@ -85,10 +109,16 @@ def loaders(state: State) -> None:
         what = f"quant_method is {claims.method}, but the tensors are those of {wanted}"
         found.fail("g", what, "config.json", effect="engines look for tensors of other names and skip these")
     elif model.compressed:
-        if config.get("format") != "nvfp4-pack-quantized":
-            found.fail("g", f"format is {config.get('format')}, wanted nvfp4-pack-quantized", "config.json")
+        form = "mixed-precision" if model.channels else "nvfp4-pack-quantized"
+        if config.get("format") != form:
+            found.fail("g", f"format is {config.get('format')}, wanted {form}", "config.json")
     else:
         _modelopt_configs(state, config, other)
+    if model.channels and not model.compressed:
+        where = min(model.channels).removesuffix(".weight")
+        effect = "vLLM 0.33 loads that; 0.25 takes the codes for weights without a word, and SGLang 0.5.23 builds "
+        effect += "these linears and the experts in BF16"
+        found.note("g", "linears are in FP8, a scale a row", where, f"and {len(model.channels) - 1} more", effect)
     if model.per_expert or model.compressed:
         layout = "experts one by one" if model.per_expert else "stacked experts of compressed-tensors"
         found.note("g", f"stores {layout}", state.contents.folder.name,
@@ -111,8 +141,9 @@ def _modelopt_configs(state: State, config: dict, other: dict) -> None:
     for file, part in (("config.json", config), (HF_QUANT_CONFIG, other)):
         if not part:
             continue
-        if str(part.get("quant_algo")).upper() not in ("NVFP4", "W4A16_NVFP4"):
-            found.fail("g", f"quant_algo is {part.get('quant_algo')}, wanted NVFP4 or W4A16_NVFP4", file)
+        wanted = (MIXED,) if state.model.channels else ("NVFP4", "W4A16_NVFP4")
+        if str(part.get("quant_algo")).upper() not in wanted:
+            found.fail("g", f"quant_algo is {part.get('quant_algo')}, wanted {' or '.join(wanted)}", file)
         for size in _group_sizes(part) - {BLOCK}:
             found.fail("g", f"group_size is {size}, wanted {BLOCK}", file)
     missing = [k for k in ("group_size", "kv_cache_quant_algo", "exclude_modules") if other and k not in other]
@@ -123,6 +154,7 @@ def _modelopt_configs(state: State, config: dict, other: dict) -> None:
             "exclude_modules": (config.get("ignore", config.get("exclude_modules")), other.get("exclude_modules")),
             "kv_cache_quant_algo": (bool(config.get("kv_cache_scheme")), other.get("kv_cache_quant_algo") == "FP8"),
             "quant_algo": (config.get("quant_algo"), other.get("quant_algo")),
+            "quantized_layers": (config.get("quantized_layers"), other.get("quantized_layers")),
         }
         for name, (ours, theirs) in pairs.items():
             if ours != theirs:

@@ -145,7 +145,8 @@ def worst(figures: Figures) -> str:
         error, power = weight.errors[matrix]
         expert = str(matrix) if len(weight.scales) > 1 else "–"
         row = [layer_name(layer), projection, expert, f"{value:.2f}", f"{error / power:.6f}"]
-        rows.append([*row, f"{weight.scales[matrix]:.3e}", *([f"{weight.tokens[matrix]:,}"] if calibrated else [])])
+        row.append(f"{weight.scales[matrix]:.3e}" if weight.scales[matrix] else "–")  # FP8 has none
+        rows.append([*row, *([f"{weight.tokens[matrix]:,}"] if calibrated else [])])
     head = ["layer", "projection", "expert", "SQNR, dB", "relative MSE", "weight_scale_2"]
     return f"<h2>The worst {len(rows)}</h2><p>The matrices with the lowest SQNR, the worst first.</p>" + table(
         [*head, *(["tokens"] if calibrated else [])], rows, "rlrrrrr"

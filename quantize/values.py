@@ -13,8 +13,8 @@ from step_kernels.model.checkpoint import read_piece
 
 from .checks import State, places
 from .findings import size
-from .formats import Stored
-from .measure import misread_error, owners
+from .formats import Channels, Stored
+from .measure import misread_error, owners, sample_rows, samples
 
 _POSITIVE = "scales are not positive numbers"
 _INPUT = "vLLM divides by it: NaN or empty answers"
@@ -38,10 +38,12 @@ def scales(state: State, quick: bool, bar: tqdm) -> None:
             found.note("b", "is there, though activations stay in BF16", parts[0].names[3])
     for group in state.model.groups:
         _same(state, group, outer)
+    rows = sum(_rows(state, channels, bar) for (channels,) in state.model.channels.values())
     _cache_scales(state)
     count = sum(len(s) for s in outer.values() if s is not None)
     share = "all" if blocks_read == blocks else size(blocks_read)
     found.done["b"] = f"{count:,} global scales, {share} of {size(blocks)} of block scales"
+    found.done["b"] += f", {rows:,} scales of rows in FP8" if rows else ""
 
 
 def _blocks(state: State, stored: Stored, quick: bool, most: int, bar: tqdm) -> int:
@@ -65,6 +67,28 @@ def _blocks(state: State, stored: Stored, quick: bool, most: int, bar: tqdm) -> 
         effect = "a zero erases 16 weights, NaN spreads to every token, engines differ on negative ones"
         state.findings.fail("b", "block scales are zero, negative or NaN", stored.names[1], which, effect)
     return total
+
+
+def _rows(state: State, channels: Channels, bar: tqdm) -> int:
+    """Looks at all row scales of a linear in FP8 and at the codes of sampled rows; gives how many scales there are."""
+    if not set(channels.names) <= state.sound.keys():
+        return 0
+    codes, scales = channels.names
+    values = state.contents.read(scales).reshape(-1)
+    bar.update(values.nbytes)
+    bad = int((~(torch.isfinite(values) & (values > 0))).sum())
+    if bad:
+        effect = "an output that is 0, negated or NaN for every token"
+        state.findings.fail("b", _POSITIVE, scales, f"{bad} of {len(values)} rows", effect)
+    parts = [sample_rows(state.contents, channels, codes, 0, at) for at, _ in samples(owners([channels]))]
+    top = torch.cat([part.view(torch.uint8) & 0x7F for part in parts]).amax(-1)
+    if (top == 0x7F).any():
+        state.findings.fail("b", "codes are NaN", codes, f"{int((top == 0x7F).sum())} of {len(top)} rows read")
+    low = (top != 0) & (top < 0x7E)
+    if low.any():
+        effect = "no row's amax / 448 is its scale: coarser than need be, or scales and codes do not belong together"
+        state.findings.note("b", "rows have no code of 448", codes, f"{int(low.sum())} of {len(top)} read", effect)
+    return len(values)
 
 
 def _scalars(state: State, parts: list[Stored], kind: int, effect: str) -> Tensor | None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_weights import BUNDLED, CONFIG, EXPERTS, bundled, quantized, write
 
 from bench.release import released_config
+from quantize import Settings, run
 from quantize.layout import expert_shapes, tensor_shapes
 from step_kernels import nvfp4
 from step_kernels.model import CheckpointError, Step3p7, formats, loading, prepared_copy, weights
@@ -228,6 +229,20 @@ def test_a_prepared_copy_loads_to_the_bytes_that_preparing_gives(packed, hopper,
     assert any(type(v) is torch.Size for v in wanted.values())  # it has prepared weights
     monkeypatch.setattr(formats, "nvfp4_prepare", lambda weight: pytest.fail("prepared again"))
     monkeypatch.setattr(weights, "fp8_channels", lambda weight: pytest.fail("made FP8 again"))
+    assert loaded(tmp_path / "copy") == wanted
+
+
+def test_fp8_of_a_checkpoint_is_planned_loaded_and_copied_as_it_is(hopper, tmp_path, monkeypatch):
+    assert run("bundled", tmp_path / "fp8", Settings(rest="fp8", lm_head=True)).problems == []
+    monkeypatch.setattr(weights, "fp8_channels", lambda weight: pytest.fail("made FP8 again"))
+    opened = Opened(Step3p7, tmp_path / "fp8", torch.bfloat16)
+    vocab, hidden = opened.config.vocab_size, opened.config.hidden_size
+    assert opened.plan().weights["lm_head"] == vocab * hidden + 4 * vocab
+    wanted, stored = loaded(tmp_path / "fp8"), Checkpoint(tmp_path / "fp8")
+    name = "model.layers.2.self_attn.o_proj.weight"
+    for part, tensor in (("codes", name), ("scale", f"{name}_scale")):
+        assert flat(f"{name}/{part}", stored.read(tensor)).items() <= wanted.items()
+    Step3p7.save_prepared(tmp_path / "fp8", tmp_path / "copy", "cpu")
     assert loaded(tmp_path / "copy") == wanted
 
 

@@ -19,7 +19,7 @@ from step_kernels.model.checkpoint import Checkpoint, Entry
 from step_kernels.model.config import StepConfig
 
 
-def real_plan(names: str, **settings):
+def real_plan(names: str, precisions=None, **settings):
     full, sliding = "full_attention", "sliding_attention"
     text = TEXT | {
         "hidden_size": 4096,
@@ -48,7 +48,7 @@ def real_plan(names: str, **settings):
         entries[name] = Entry(name, Path("model.safetensors"), dtype, shape, 0, 0)
     checkpoint = Checkpoint.__new__(Checkpoint)
     checkpoint.folder, checkpoint.config, checkpoint.entries = Path("real"), config, entries
-    return make_plan(checkpoint, Settings(names=names, **settings)), entries
+    return make_plan(checkpoint, Settings(names=names, **settings), precisions), entries
 
 
 def elements(tensors) -> dict[str, int]:

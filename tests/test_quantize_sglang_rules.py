@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import random
 import re
+import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -181,3 +182,30 @@ def test_sglang_builds_its_quantized_modules_under_the_names_that_we_ask_for():
     assert {name for name, quantized in found.items() if quantized} == wanted
     others = {"Step3p5MoEMLP.gate", "Step3p5Attention.attn", "Step3p5Attention.g_proj", "Step3p5Model.layers"}
     assert found.keys() - wanted == others
+
+
+def test_sglang_builds_neither_fp8_by_rows_nor_the_experts_beside_it(monkeypatch):
+    """Why the card of such a checkpoint has no command for it."""
+    plan, _ = real_plan("source", rest="fp8")
+    classes = {name: type(name, (), {}) for name in ("LinearBase", "FusedMoE", "ParallelLMHead")}
+    classes["VocabParallelEmbedding"] = classes["RadixAttention"] = type("Other", (), {})
+    layers = ("linear", "moe.fused_moe_triton", "vocab_parallel_embedding", "radix_attention")
+    for module in (
+        "sglang.srt",
+        "sglang.srt.layers",
+        "sglang.srt.layers.moe",
+        *(f"sglang.srt.layers.{n}" for n in layers),
+    ):
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**classes, __path__=[]))
+    methods = {"get_quant_method", "_resolve_quant_algo", "_quantized_layer_prefix_candidates"}
+    known = {"is_layer_skipped": lambda *_: False, "UnquantizedLinearMethod": lambda: "unquantized", **classes}
+    run("layers/quantization/modelopt_quant.py", {"_BLOCK_FP8_ALGOS"}, known)
+    run("layers/quantization/modelopt_quant.py", methods, known, "ModelOptMixedPrecisionConfig")
+    config = type("Mixed", (), {name: known[name] for name in methods})()
+    config.quantized_layers = plan.quantization["config.json"]["quantized_layers"]
+    config.exclude_modules, config.packed_modules_mapping, config.kv_cache_quant_algo = [], None, None
+    config.is_layer_excluded = lambda prefix: False
+    linear, experts = classes["LinearBase"](), classes["FusedMoE"]()
+    assert config._resolve_quant_algo("model.layers.4.self_attn.o_proj") == "FP8_PER_CHANNEL_PER_TOKEN"
+    assert config.get_quant_method(linear, "model.layers.4.self_attn.o_proj") == "unquantized"
+    assert config.get_quant_method(experts, "model.layers.4.mlp.experts") is None

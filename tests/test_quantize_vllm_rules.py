@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import random
 import sys
+from collections import Counter
 from unittest.mock import MagicMock
 
 import pytest
@@ -20,8 +21,25 @@ import test_vllm_model  # noqa: E402
 from test_vllm_layers import vllm_config  # noqa: E402, F401
 from test_vllm_model import released  # noqa: E402, F401
 
-from quantize.engines import Excludes, SplitModule, modules  # noqa: E402
+from quantize.engines import Algorithms, Excludes, SplitModule, modules  # noqa: E402
+from quantize.modelopt import ALGORITHMS  # noqa: E402
 from quantize.serving import is_loadable  # noqa: E402
+from step_kernels.integrations import vllm as plugin  # noqa: E402
+
+# Beside FP8: in NVFP4 and left alone one group each of the trunk and of the layers that draft.
+CHOSEN = {f"model.layers.{i}.self_attn.q_proj.weight": p for i, p in ((5, "nvfp4"), (6, "source"), (45, "nvfp4"))}
+CHOSEN |= {"model.layers.2.mlp.down_proj.weight": "source", "model.layers.46.mlp.gate_proj.weight": "source"}
+CHOSEN |= {"model.layers.7.share_expert.gate_proj.weight": "nvfp4", "lm_head.weight": "nvfp4"}
+
+
+def mixed_plan(vision=True, names="source"):
+    plan, _ = real_plan(names, rest="fp8", lm_head=True, mtp=True, precisions=CHOSEN)
+    return plan if vision else dataclasses.replace(plan, config=dataclasses.replace(plan.config, vision=None))
+
+
+def layers_of(plan):
+    layers = plan.quantization["config.json"]["quantized_layers"]
+    return {name: how["quant_algo"] for name, how in layers.items()}
 
 
 def is_old():
@@ -150,7 +168,115 @@ def test_draft_model_copies_every_element_of_quantized_mtp_layers_into_every_par
     test_vllm_model.test_vllms_mtp_model_copies_every_element_of_its_layers_into_every_parameter(released, monkeypatch)
 
 
-@pytest.mark.parametrize("settings", [{}, {"recipe": "linears"}, {"recipe": "linears", "lm_head": True, "mtp": True}])
+def test_quantized_layers_build_what_vllms_config_builds(classes):
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig
+    from vllm.model_executor.model_loader.utils import configure_quant_config
+
+    generator, algorithms = random.Random(3), ("NVFP4", "FP8_PER_CHANNEL_PER_TOKEN")
+    for vision in (True, False):
+        config, layers = mixed_plan(vision).config, layers_of(mixed_plan(vision))
+        answers = Counter()
+        for trial in range(60):
+            if trial:  # some left out, some otherwise
+                layers = {n: generator.choice(algorithms) if generator.random() < 0.1 else a for n, a in layers.items()}
+                layers = {n: a for n, a in layers.items() if generator.random() < 0.98}
+            given = {"quant_algo": "MIXED_PRECISION", "quant_method": "modelopt", "ignore": []}
+            given["quantized_layers"] = {name: {"quant_algo": algorithm} for name, algorithm in layers.items()}
+            trunk, draft = (ModelOptMixedPrecisionConfig.from_config(given) for _ in range(2))
+            for model in classes if vision else classes[1:]:
+                configure_quant_config(trunk, model)
+            ours = Algorithms(layers, vision)
+            for module in modules("vLLM", config):
+                wanted = answer((draft if module.mtp else trunk)._resolve_quant_algo, module.name)
+                assert answer(ours.of, module) == wanted, module.name
+                answers[wanted] += 1
+        assert {*algorithms, None, "split"} == set(answers) and min(answers.values()) > 20, answers
+
+
+@later
+@pytest.mark.parametrize("names", ["source", "released"])
+def test_vllm_builds_each_module_in_the_precision_that_the_files_hold(names, classes, vllm_config):  # noqa: F811
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.quantization import modelopt
+    from vllm.model_executor.model_loader.utils import configure_quant_config
+
+    plan = mixed_plan(True, names)
+    precisions = {w: group.precision for group in plan.groups for w in group.weights}
+    given = plan.quantization["config.json"]
+    assert modelopt.ModelOptMixedPrecisionConfig.override_quantization_method(given, "modelopt") == "modelopt_mixed"
+    trunk, draft = (modelopt.ModelOptMixedPrecisionConfig.from_config(given) for _ in range(2))
+    for model in classes:
+        configure_quant_config(trunk, model)
+    found = Counter()
+    for module in modules("vLLM", plan.config):
+        (wanted,) = {precisions.get(w, "source") for w in module.weights}
+        found[wanted] += 1
+        config = draft if module.mtp else trunk
+        if module.name.endswith(".experts"):
+            assert config._resolve_quant_algo(module.name) == "NVFP4" and not config.is_layer_excluded(module.name)
+            continue
+        method, spec = config.get_quant_method(LinearBase.__new__(LinearBase), module.name), None
+        if wanted != "source":
+            spec = modelopt.resolve(ALGORITHMS[wanted]["quant_algo"], trunk.nvfp4_config, "")[0]
+        assert (type(method).__name__ == "UnquantizedLinearMethod") == (wanted == "source"), module.name
+        assert getattr(method, "spec", None) == spec, module.name
+    assert min(found.values()) > 30 and len(found) == 3, found
+
+
+@pytest.fixture
+def in_fp8(monkeypatch):
+    """Has `released` store in FP8 all linears that can be, the experts aside; vLLM has no FP8 kernel for a CPU."""
+    from vllm.model_executor.layers.quantization import modelopt
+
+    monkeypatch.setattr(modelopt, "select_linear_kernel", MagicMock())
+    monkeypatch.setattr(test_vllm_model, "real_plan", functools.partial(real_plan, rest="fp8", lm_head=True, mtp=True))
+
+
+@later
+@pytest.mark.parametrize(
+    "copies_every_element",
+    [
+        test_vllm_model.test_vllms_model_copies_every_element_of_the_release_into_every_parameter,
+        test_vllm_model.test_vllms_mtp_model_copies_every_element_of_its_layers_into_every_parameter,
+    ],
+    ids=["trunk", "drafts"],
+)
+@pytest.mark.parametrize("released", ["source", "released"], indirect=True)
+def test_models_copy_every_element_of_a_checkpoint_in_fp8_into_every_parameter(
+    in_fp8,
+    released,  # noqa: F811
+    copies_every_element,
+    monkeypatch,
+):
+    codes = [n for n in released.tensors if f"{n}_scale" in released.tensors and ".moe." not in n]
+    assert len(codes) == 48 * 7 + 4 and {released.tensors[n].dtype for n in codes} == {torch.float8_e4m3fn}
+    copies_every_element(released, monkeypatch)
+
+
+@pytest.mark.skipif(not is_old(), reason="of vLLM 0.25, which knows no FP8 by rows beside NVFP4")
+def test_vllm_0_25_is_stopped_before_it_takes_fp8_codes_for_weights(classes, vllm_config):  # noqa: F811
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig
+
+    given, layer = mixed_plan(False).quantization["config.json"], LinearBase.__new__(LinearBase)
+    name = "model.layers.4.self_attn.o_proj"
+    theirs = ModelOptMixedPrecisionConfig.from_config(given).get_quant_method(layer, name)
+    assert isinstance(theirs, UnquantizedLinearMethod)
+    with pytest.raises(ValueError, match=f"{name}: is FP8_PER_CHANNEL_PER_TOKEN in the checkpoint, which this vLLM"):
+        plugin.config_classes()["modelopt_mixed"].from_config(given).get_quant_method(layer, name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"recipe": "linears"},
+        {"recipe": "linears", "lm_head": True, "mtp": True},
+        {"rest": "fp8"},
+        {"rest": "fp8", "lm_head": True, "mtp": True},
+        {"rest": "fp8", "lm_head": True, "mtp": True, "precisions": CHOSEN},
+    ],
+)
 def test_vllm_finds_a_scheme_of_compressed_tensors_for_exactly_what_is_quantized(settings):
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
@@ -159,7 +285,7 @@ def test_vllm_finds_a_scheme_of_compressed_tensors_for_exactly_what_is_quantized
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     config.packed_modules_mapping |= {"gate_up_proj": ["gate_proj", "up_proj"]}
     classes = {name: type(name, (torch.nn.Module,), {}) for name in ("Linear", "ParallelLMHead", "RoutedExperts")}
-    quantized = {w for group in plan.groups for w in group.weights}
+    precisions = {w: group.precision for group in plan.groups for w in group.weights}
     for module in modules("vLLM", plan.config):
         names, kind = [module.name], "Linear"
         if module.name.endswith("experts"):
@@ -167,7 +293,12 @@ def test_vllm_finds_a_scheme_of_compressed_tensors_for_exactly_what_is_quantized
             config._add_fused_moe_to_target_scheme_map()
         elif module.name.endswith(("lm_head", "shared_head.head")):
             kind = "ParallelLMHead"
-        found = [config.get_scheme_dict(classes[kind](), name) is not None for name in names]
-        assert found == [module.weights[0] in quantized] * len(names), module.name
+        found = [config.get_scheme_dict(classes[kind](), name) for name in names]
+        (wanted,) = {precisions.get(w, "source") for w in module.weights}
+        bits = {"nvfp4": 4, "fp8": 8, "source": None}[wanted]
+        assert [f and f["weights"].num_bits for f in found] == [bits] * len(names), module.name
+        if wanted == "fp8":  # weights by rows, inputs by tokens without a stored scale
+            assert config._is_fp8_w8a8(found[0]["weights"], found[0]["input_activations"])
+            assert found[0]["format"] == "float-quantized" and found[0]["input_activations"].dynamic is True
     table = type("VocabParallelEmbedding", (torch.nn.Module,), {})()
     assert config.get_scheme_dict(table, "language_model.model.embed_tokens") is None

@@ -41,6 +41,9 @@ def folders(tmp_path_factory):
     for names in ("source", "released"):
         assert run(BUNDLED, root / names, Settings(names=names)).problems == []
     linears(root / "source", root / "linears")
+    chosen = {"model.layers.0.mlp.gate_proj.weight": "nvfp4", "model.layers.1.self_attn.q_proj.weight": "source"}
+    fp8 = Settings(names="released", rest="fp8", lm_head=True)
+    assert run(BUNDLED, root / "fp8", fp8, precisions=chosen).problems == []
     return {f.name: f for f in root.iterdir()}
 
 
@@ -104,7 +107,7 @@ CASES = pytest.mark.parametrize("crops", [[], [0], [3, 2]], ids=["text", "image"
 
 @torch.no_grad()
 @CASES
-@pytest.mark.parametrize("folder", ["source", "released", "linears"])
+@pytest.mark.parametrize("folder", ["source", "released", "linears", "fp8"])
 def test_logits_equal_our_model(pairs, folder, crops):
     theirs, ours = pairs[folder]
     ids, images, our_images = prompt(crops)
@@ -266,6 +269,25 @@ def test_unusable_scale_is_an_error(folders, tmp_path, value):
         load(rewrite(folders["source"], tmp_path / "out", change))
 
 
+def test_fp8_stays_a_byte_a_weight_and_lacks_neither_tensor_nor_scale(folders, pairs, tmp_path):
+    stored, model = read(folders["fp8"]), pairs["fp8"][0]
+    ours = {n: m for n, m in model.named_modules() if isinstance(m, integration.FP8Linear)}
+    trunk = [n for n in stored if f"{n}_scale" in stored and f"{n}_scale_2" not in stored]
+    assert len(ours) == len(trunk) == TRUNK * 7 + 1 - 2 - 3  # gate and up, and q, k and v, are otherwise
+    held = model.get_submodule("model.language_model.layers.4.mlp.shared_experts.up_proj")
+    name = "model.language_model.layers.4.share_expert.up_proj.weight"
+    assert held.weight.view(torch.uint8).equal(stored[name].view(torch.uint8)) and held.weight_scale.equal(
+        stored[f"{name}_scale"]
+    )
+    name = "model.language_model.layers.2.self_attn.o_proj.weight_scale"
+    for change, message in (
+        (lambda t: t.pop(name), r"layers\.2\.self_attn\.o_proj: has no weight_scale in .*, wanted FP8 by its config"),
+        (lambda t: t[name].zero_(), r"layers\.2\.self_attn\.o_proj\.weight_scale: holds a zero"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(rewrite(folders["fp8"], tmp_path / str(len(message)), change))
+
+
 def test_transformers_alone_cannot_load_it(folders, monkeypatch):
     monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "modelopt")
     monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "modelopt")
@@ -276,6 +298,9 @@ def test_transformers_alone_cannot_load_it(folders, monkeypatch):
 def test_other_formats_are_refused():
     with pytest.raises(ValueError, match="got quant_algo FP8, wanted NVFP4"):
         integration.ModelOptConfig(quant_algo="FP8")
+    with pytest.raises(ValueError, match="got quant_algo MXFP8, wanted NVFP4"):
+        layers = {"a": {"quant_algo": "NVFP4"}, "b": {"quant_algo": "MXFP8"}}
+        integration.ModelOptConfig(quant_algo="MIXED_PRECISION", quantized_layers=layers)
 
 
 @torch.no_grad()
@@ -378,7 +403,7 @@ def test_a_dense_checkpoint_is_loaded_as_before():
 @pytest.mark.gpu
 @torch.no_grad()
 @CASES
-@pytest.mark.parametrize("folder", ["source", "linears"])
+@pytest.mark.parametrize("folder", ["source", "linears", "fp8"])
 def test_gpu_errs_in_bfloat16_no_more_than_twice_as_much_as_the_cpu(folders, pairs, folder, crops):
     ids, images, _ = prompt(crops)
     moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in images.items()}

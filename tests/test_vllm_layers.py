@@ -125,7 +125,7 @@ def test_vllm_chooses_our_class_for_modelopt_nvfp4(vllm_config):
     plugin.register()
     first = get_quantization_config("modelopt_fp4")
     plugin.register()
-    assert get_quantization_config("modelopt_fp4") is first is plugin.config_class()
+    assert get_quantization_config("modelopt_fp4") is first is plugin.config_classes()["modelopt_fp4"]
     assert issubclass(first, ModelOptNvFp4Config) and QUANTIZATION_METHODS.count("modelopt_fp4") == 1
     asked = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
     assert first.override_quantization_method(asked, None) == "modelopt_fp4"

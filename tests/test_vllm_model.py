@@ -20,7 +20,6 @@ pytest.importorskip("vllm")
 
 from test_vllm_layers import vllm_config  # noqa: E402, F401
 
-from quantize.modelopt import quantization_config  # noqa: E402
 from step_kernels.integrations import vllm as plugin  # noqa: E402
 from step_kernels.model.checkpoint import DTYPES  # noqa: E402
 
@@ -108,9 +107,10 @@ def released(vllm_config, monkeypatch, request):  # noqa: F811
                    multimodal_config=images, get_multimodal_config=lambda: images)  # fmt: skip
     monkeypatch.setattr(attention, "get_attn_backend", lambda *args, **kwargs: Attention)
     plugin.register()
-    found = quantization_config(plan.patterns, "fp8")
+    found = plan.quantization["config.json"]
     monkeypatch.setattr(vllm_config, "model_config", model)
-    monkeypatch.setattr(vllm_config, "quant_config", get_quantization_config("modelopt_fp4").from_config(found))
+    method = "modelopt_mixed" if found["quant_algo"] == "MIXED_PRECISION" else "modelopt_fp4"
+    monkeypatch.setattr(vllm_config, "quant_config", get_quantization_config(method).from_config(found))
     vllm_config.compilation_config.static_forward_context.clear()
     (shard,) = plan.shards.values()
     tensors = {n: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for n, (dtype, shape) in shard.items()}

@@ -1,7 +1,7 @@
 """NVFP4 Step-3.7 checkpoints in transformers: import this module, then `from_pretrained` as for any model.
 
-It registers `modelopt`, the quantization method that such checkpoints name. What they store as NVFP4 stays so in
-memory and runs on nvfp4_moe and nvfp4_linear; routers compute in f32, as the model's config asks for.
+It registers `modelopt`, the quantization method that such checkpoints name. What they store as NVFP4 or FP8 stays so
+in memory and runs on nvfp4_moe, nvfp4_linear and fp8_linear; routers compute in f32, as the model's config asks for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..nvfp4 import BLOCK, NVFP4Experts, NVFP4Weight
-from ..ops import nvfp4_linear, nvfp4_moe, nvfp4_prepare, nvfp4_restore, prepares
+from ..ops import fp8_linear, nvfp4_linear, nvfp4_moe, nvfp4_prepare, nvfp4_restore, prepares
 from ..ops.nvfp4_linear import is_prepared
 from ..prepared import PreparedWeight
 
@@ -32,6 +32,7 @@ except ImportError as e:
 # Scales that other engines read, for activations and for a quantized KV cache.
 _UNUSED = (r"\.input_scale$", r"\.[kv]_proj\.[kv]_scale$")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_FP8 = "FP8_PER_CHANNEL_PER_TOKEN"  # beside NVFP4, in a checkpoint of several precisions
 _SCALES = ("weight_scale", "weight_scale_2")  # beside a weight; `weight_scale` of `down_proj` is `down_proj_scale` here
 
 
@@ -113,6 +114,19 @@ class NVFP4Linear(_NVFP4Module):
         return nvfp4_linear(x, self._held())
 
 
+class FP8Linear(nn.Module):
+    """A Linear without bias whose weight is e4m3 with an f32 scale a row, on fp8_linear; buffers as of NVFP4."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.out_features, self.in_features = shape = linear.weight.shape
+        self.register_buffer("weight", torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta"))
+        self.register_buffer("weight_scale", torch.empty(shape[0], dtype=torch.float32, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fp8_linear(x, self.weight, self.weight_scale)
+
+
 class NVFP4RoutedExperts(_NVFP4Module):
     """Step3p7Experts on nvfp4_moe. The block around it multiplies by the router's scaling factor."""
 
@@ -130,13 +144,17 @@ class NVFP4RoutedExperts(_NVFP4Module):
 
 @register_quantization_config("modelopt")
 class ModelOptConfig(QuantizationConfigMixin):
-    """config.json's quantization_config; `ignore` (or `exclude_modules`) names what is not quantized."""
+    """config.json's quantization_config; `ignore` (or `exclude_modules`) names what is not quantized, with
+    MIXED_PRECISION `quantized_layers` what is in FP8."""
 
     def __init__(self, quant_algo: str = "NVFP4", ignore: list[str] | None = None, **others):
-        if quant_algo != "NVFP4":
-            raise ValueError(f"quantization_config: got quant_algo {quant_algo}, wanted NVFP4")
+        layers = others.get("quantized_layers") if quant_algo == "MIXED_PRECISION" else None
+        other = {how["quant_algo"] for how in layers.values()} - {_FP8} if layers else {quant_algo}
+        if other - {"NVFP4"}:
+            raise ValueError(f"quantization_config: got quant_algo {min(other - {'NVFP4'})}, wanted NVFP4")
         self.__dict__.update(others)
         self.quant_method, self.quant_algo = "modelopt", quant_algo
+        self.quantized_layers = layers or {}
         self.ignore = list(ignore if ignore is not None else others.get("exclude_modules") or [])
 
 
@@ -159,17 +177,22 @@ class ModelOptQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        ignore = _matcher(self.quantization_config.ignore)
+        ignore, layers = _matcher(self.quantization_config.ignore), self.quantization_config.quantized_layers
+        fp8 = {name for name, how in layers.items() if how["quant_algo"] == _FP8}
         for name, module in list(model.named_modules()):
             if isinstance(module, step3p7.Step3p7TopKRouter):
                 module.float()  # its input follows; bf16 logits would change which experts are chosen
             elif isinstance(module, step3p7.Step3p7Experts) and not _is_ignored(name, ignore):
                 model.set_submodule(name, NVFP4RoutedExperts(module))
-            elif type(module) is nn.Linear and module.bias is None and module.in_features % BLOCK == 0:
-                if not _is_ignored(name, ignore):
-                    model.set_submodule(name, NVFP4Linear(module))
+            elif type(module) is not nn.Linear or module.bias is not None or _is_ignored(name, ignore):
+                continue
+            elif _spellings(name) & fp8:
+                model.set_submodule(name, FP8Linear(module))
+            elif module.in_features % BLOCK == 0:
+                model.set_submodule(name, NVFP4Linear(module))
         if checkpoint_files:
-            _check_names([n for n, m in model.named_modules() if isinstance(m, _NVFP4Module)], checkpoint_files)
+            ours = {n: m for n, m in model.named_modules() if isinstance(m, _NVFP4Module | FP8Linear)}
+            _check_names(ours, checkpoint_files)
         ignored = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *_UNUSED}
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -179,10 +202,12 @@ class ModelOptQuantizer(HfQuantizer):
             if tensor.shape != self.shapes[name]:
                 raise ValueError(f"{name}: got shape {list(tensor.shape)}, wanted {list(self.shapes[name])}")
         for name, module in model.named_modules():
-            if isinstance(module, _NVFP4Module):
+            if isinstance(module, _NVFP4Module | FP8Linear):
                 for part, scale in module.named_buffers(recurse=False):
-                    if part.endswith("_scale_2") and not scale.is_meta and not ((scale > 0) & scale.isfinite()).all():
+                    checked = scale.dtype == torch.float32 and not scale.is_meta
+                    if checked and not ((scale > 0) & scale.isfinite()).all():
                         raise ValueError(f"{name}.{part}: holds a zero, negative or NaN scale, wanted positive ones")
+            if isinstance(module, _NVFP4Module):
                 module.compute_dtype = self.dtype
                 try:
                     module.lay_out()
@@ -214,19 +239,20 @@ class ModelOptQuantizer(HfQuantizer):
         return False
 
 
-def _check_names(modules: list[str], files: list[str]) -> None:
-    """Fail if the checkpoint lacks a tensor of an NVFP4 module: transformers would fill it in and only warn."""
+def _check_names(modules: dict[str, nn.Module], files: list[str]) -> None:
+    """Fail if the checkpoint lacks a tensor of a quantized module: transformers would fill it in and only warn."""
     stored = set()
     for file in files:
         with safe_open(file, "pt") as tensors:
             stored.update(tensors.keys())
-    for module in modules:
+    for module, held in modules.items():
+        precision, scales = ("FP8", _SCALES[:1]) if isinstance(held, FP8Linear) else ("NVFP4", _SCALES)
         for projection in _PROJECTIONS if module.endswith(".mlp.experts") else ("",):
             roots = {s.replace(".moe.gate_proj", f".moe.{projection}") for s in _spellings(module)}
-            for part in ("weight", *_SCALES):
+            for part in ("weight", *scales):
                 if not any(f"{root}.{part}" in stored for root in roots):
                     where, folder = f"{module}: {projection}".rstrip(": "), Path(files[0]).parent
-                    raise ValueError(f"{where}: has no {part} in {folder}, wanted NVFP4 by its ignore list")
+                    raise ValueError(f"{where}: has no {part} in {folder}, wanted {precision} by its config.json")
 
 
 def _put_columns_first(rotary: step3p7.Step3p7VisionRotaryEmbedding) -> None:

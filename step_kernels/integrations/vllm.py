@@ -22,17 +22,17 @@ from ..ops import nvfp4_linear, nvfp4_moe, nvfp4_prepare, prepares
 from ..ops.nvfp4_linear import is_prepared
 from ..prepared import PreparedWeight
 
-METHOD = "modelopt_fp4"  # what vLLM calls quant_method modelopt with quant_algo NVFP4
 MODELS = ("step3p5", "step3p5_mtp", "step3p7")
 NAMES = ("weight", "weight_scale", "weight_scale_2")
 STEP_LIMIT = 7.0  # vLLM's swiglustep holds this number itself and passes no swiglu_limit
 
 
 def register() -> None:
-    """Put our config class in the place of vLLM's for modelopt NVFP4 checkpoints; any number of calls."""
+    """Put our config classes in the place of vLLM's for modelopt NVFP4 checkpoints; any number of calls."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    register_quantization_config(METHOD)(config_class())
+    for method, config in config_classes().items():
+        register_quantization_config(method)(config)
 
 
 def experts(layer) -> NVFP4Experts:
@@ -151,14 +151,19 @@ def refusal(config, layer=None) -> str | None:
 
 
 @functools.cache
-def config_class() -> type:
-    """ModelOptNvFp4Config that gives Step's layers our methods; one class a process, so that register is re-entrant."""
+def config_classes() -> dict[str, type]:
+    """vLLM's name of a method -> its config that gives Step's layers in NVFP4 our methods: quant_algo NVFP4, and
+    MIXED_PRECISION, whose FP8 stays vLLM's. The same classes for a whole process, so that register is re-entrant."""
     from vllm.config import get_current_vllm_config_or_none
     from vllm.logger import init_logger
     from vllm.model_executor.layers import linear
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config, ModelOptNvFp4FusedMoE
+    from vllm.model_executor.layers.quantization.modelopt import (
+        ModelOptMixedPrecisionConfig,
+        ModelOptNvFp4Config,
+        ModelOptNvFp4FusedMoE,
+    )
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.parameter import ModelWeightParameter, PerTensorScaleParameter
 
@@ -232,7 +237,7 @@ def config_class() -> type:
             out = nvfp4_linear(x, linear_weight(layer))
             return out if bias is None else out + bias
 
-    class StepKernelsConfig(ModelOptNvFp4Config):
+    class Ours:
         def get_quant_method(self, layer, prefix):
             moe = isinstance(layer, RoutedExperts)
             vision = any(name in prefix for name in ("vision_tower", "vision_model", "vit_large_projector"))
@@ -241,10 +246,28 @@ def config_class() -> type:
             quantized = moe or isinstance(layer, linear.LinearBase | ParallelLMHead)
             if not quantized or vision or self.is_layer_excluded(prefix):
                 return super().get_quant_method(layer, prefix)
+            config = self.nvfp4_of(layer, prefix)
+            if config is None:
+                return super().get_quant_method(layer, prefix)
             reason = refusal(get_current_vllm_config_or_none(), layer if moe else None)
             if reason:
                 logger.info_once("step_kernels leaves NVFP4 %s to vLLM: %s", "experts" if moe else "linears", reason)
                 return super().get_quant_method(layer, prefix)
-            return ModelOptStepKernelsMoE(self, layer.moe_config) if moe else ModelOptStepKernelsLinear()
+            return ModelOptStepKernelsMoE(config, layer.moe_config) if moe else ModelOptStepKernelsLinear()
 
-    return StepKernelsConfig
+    class StepKernelsConfig(Ours, ModelOptNvFp4Config):
+        def nvfp4_of(self, layer, prefix):
+            return self
+
+    class StepKernelsMixedConfig(Ours, ModelOptMixedPrecisionConfig):
+        def nvfp4_of(self, layer, prefix):
+            algorithm = self._resolve_quant_algo(prefix)
+            if algorithm == "NVFP4":
+                return self.nvfp4_config
+            theirs = ModelOptMixedPrecisionConfig.get_quant_method(self, layer, prefix)
+            if algorithm and isinstance(theirs, linear.UnquantizedLinearMethod):
+                raise ValueError(f"{prefix}: is {algorithm} in the checkpoint, which this vLLM builds unquantized and "
+                                 "loads as if codes were weights: wanted vLLM 0.33")  # fmt: skip
+            return None
+
+    return {"modelopt_fp4": StepKernelsConfig, "modelopt_mixed": StepKernelsMixedConfig}

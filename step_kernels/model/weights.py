@@ -81,14 +81,20 @@ class Weights:
         return value.float().reshape(())
 
     def linear(self, module: str, out: int, inner: int) -> Tensor | NVFP4Weight | PreparedWeight | FP8Channels:
-        """The [out, inner] weight of a linear layer, in the compute dtype or as NVFP4, in the kernels' layout."""
-        name = f"{module}.weight"
+        """The [out, inner] weight of a linear layer, in the compute dtype, as FP8 or NVFP4, in the kernels' layout."""
+        name, scale = f"{module}.weight", f"{module}.weight_scale"
+        if self.checkpoint.entry(name).dtype == torch.float8_e4m3fn and scale in self.checkpoint:
+            self._expect(name, (out, inner), (torch.float8_e4m3fn,))
+            self._expect(scale, (out,), (torch.float32,))
+            return FP8Channels(self._read(name), self._positive(scale, self._read(scale)))
         if not self._is_nvfp4(name):
             weight = self.tensor(name, (out, inner))
             return fp8_channels(weight) if self.fp8 else weight
         self._expect_nvfp4(module, (out, inner), ())
         codes, scales, outer = (self._read(f"{module}.{part}") for part in ("weight", "weight_scale", "weight_scale_2"))
-        return self._prepared(NVFP4Weight(codes, scales, self._positive(module, outer).reshape(())), module)
+        return self._prepared(
+            NVFP4Weight(codes, scales, self._positive(f"{module}.weight_scale_2", outer).reshape(())), module
+        )
 
     def experts(self, module: str, count: int, inner: int, hidden: int):
         """The stacked experts `module`.{gate,up,down}_proj, read some experts at a time."""
@@ -120,7 +126,8 @@ class Weights:
 
     def _nvfp4_experts(self, module: str, count: int, inner: int, hidden: int) -> NVFP4Experts:
         projections = ("gate_proj", "up_proj", "down_proj")
-        outer = {p: self._positive(f"{module}.{p}", self._read(f"{module}.{p}.weight_scale_2")) for p in projections}
+        names = {p: f"{module}.{p}.weight_scale_2" for p in projections}
+        outer = {p: self._positive(name, self._read(name)) for p, name in names.items()}
 
         def part(begin: int, end: int) -> NVFP4Experts:
             def weight(*projections: str) -> tuple[Tensor, Tensor]:
@@ -196,9 +203,9 @@ class Weights:
             wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise CheckpointError(f"{self._where(name)}: got {got}, wanted {wanted} {list(shape)}")
 
-    def _positive(self, module: str, scale: Tensor) -> Tensor:
+    def _positive(self, name: str, scale: Tensor) -> Tensor:
         if not (scale.is_meta or ((scale > 0) & scale.isfinite()).all()):
-            raise CheckpointError(f"{self._where(f'{module}.weight_scale_2')}: holds a zero, negative or NaN scale")
+            raise CheckpointError(f"{self._where(name)}: holds a zero, negative or NaN scale")
         return scale.float()
 
     def _where(self, name: str) -> str:
