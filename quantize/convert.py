@@ -16,9 +16,8 @@ from tqdm import tqdm
 from step_kernels.model.checkpoint import INDEX, Checkpoint, CheckpointError, read_json
 from step_kernels.nvfp4 import E4M3_MAX
 
-from . import jobs, lanes
+from . import card, jobs, lanes
 from .calibration import Calibration, Inputs
-from .card import CARD, SOURCE_CARD, page
 from .errors import Errors
 from .figures import Weight
 from .jobs import Output
@@ -72,9 +71,9 @@ def run(
     """
     start, settings = time.monotonic(), settings or Settings()
     if report is not None:
-        from . import report as page  # here, for it needs this module
+        from . import report as written  # here, for it needs this module
 
-        page.ready(report, target)
+        written.ready(report, target)
     source, target = resolve_source(source), Path(target)
     devices = lanes.devices(device)
     kept = kept_files(source, target, resume)
@@ -95,7 +94,8 @@ def run(
     summary.verify_seconds = time.monotonic() - start - summary.seconds
     if report is not None:
         before = summary.bytes_out < sum(shard.size for shard in conversion.shards.values())
-        page.write(report, page.describe(conversion.plan, target, device, summary, verify, summary.weights, before))
+        figures = written.describe(conversion.plan, target, device, summary, verify, summary.weights, before)
+        written.write(report, figures)
     return summary
 
 
@@ -174,10 +174,10 @@ class _Conversion:
             for shard in self.shards.values():
                 shard.close()
         self._sum_up()
-        metadata, renamed = self._metadata(), {CARD: SOURCE_CARD}
-        skip = {STATE, HF_QUANT_CONFIG, SOURCE_CARD, *metadata}
+        metadata, renamed = self._metadata(), {card.CARD: card.SOURCE_CARD}
+        skip = {STATE, HF_QUANT_CONFIG, card.SOURCE_CARD, *metadata}
         self.summary.left_out = copy_side_files(self.checkpoint.folder, self.target, skip, renamed)
-        write_file(self.target / CARD, page(self.plan, self.summary.errors))
+        write_file(self.target / card.CARD, card.page(self.plan, self.summary.errors))
         if "auto_map" in self.checkpoint.config:
             self.summary.left_out.append("config.json's auto_map")
         for name, data in metadata.items():

@@ -176,6 +176,7 @@ def _dry_run(options: argparse.Namespace, settings: Settings) -> int:
     print(
         f"reads {_size(cost.read)}, writes {_size(cost.written)} in {len(plan.shards)} files, {bits:.2f} bits a "
         f"weight, where {_size(cost.free)} are free; takes about {_duration(cost.seconds)}, without the verification"
+        + (" and what --calibration takes" if settings.calibration else "")
     )
     if cost.written > cost.free:
         raise CheckpointError(f"{options.target}: {cost.free:,} bytes are free, wanted {cost.written:,}")
