@@ -98,13 +98,13 @@ def write_rate(folder: Path, size: int) -> float:
         file.unlink()
 
 
-def both_rate(source: Path, folder: Path, size: int) -> float:
-    """Bytes a second of reading every shard while NVFP4's share of their `size` is written beside: the converter's."""
+def both_rate(source: Path, folder: Path, read: int, written: int) -> float:
+    """Bytes a second of reading every shard, `read` bytes, while `written` are written beside."""
     start = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
-        for job in (pool.submit(read_rate, source), pool.submit(write_rate, folder, int(size * 4.5 / 16))):
+        for job in (pool.submit(read_rate, source), pool.submit(write_rate, folder, written)):
             job.result()
-    return size / (time.perf_counter() - start)
+    return read / (time.perf_counter() - start)
 
 
 def drop_caches(folder: Path) -> None:
@@ -167,18 +167,18 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
     reading = read_rate(source)
     print(f"source of {size / 1e9:.2f} GB; disk reads {reading / 1e9:.2f} GB/s", flush=True)
     writing = write_rate(options.folder, size // 4)
-    both = both_rate(source, options.folder, size)
-    print(f"disk writes {writing / 1e9:.2f} GB/s; doing both it reads {both / 1e9:.2f} GB/s", flush=True)
+    print(f"disk writes {writing / 1e9:.2f} GB/s", flush=True)
     drop_caches(source)
     cpu = time.process_time()
     done = run(source, target, Settings(search=options.search), device=options.device, verify=False)
     cpu = time.process_time() - cpu
     into, out = done.bytes_in / done.seconds, done.bytes_out / done.seconds
+    both = both_rate(source, options.folder, size, done.bytes_out)
     print(
         f"{options.search} on {options.device}: {done.seconds:.1f} s, reads {into / 1e9:.2f} GB/s "
-        f"({into / reading:.0%} of the disk's, "
-        f"{into / both:.0%} of doing both), writes {out / 1e9:.2f} GB/s ({out / writing:.0%}), "
-        f"{cpu / done.bytes_in * 1e9:.2f} CPU seconds a GB; relative MSE {done.errors.relative():.6f}"
+        f"({into / reading:.0%} of the disk's, {into / both:.0%} of what it reads while it writes as much), "
+        f"writes {out / 1e9:.2f} GB/s ({out / writing:.0%}), {cpu / done.bytes_in * 1e9:.2f} CPU seconds a GB; "
+        f"relative MSE {done.errors.relative():.6f}"
     )
     print(
         f"peak memory {done.host_peak / 1e9:.2f} GB, of a GPU {done.gpu_peak / 1e9:.2f} GB; "
