@@ -19,11 +19,12 @@ import torch
 from tqdm import tqdm
 
 import quantize
-from quantize.plan import BUNDLED, RECIPES, resolve_source
+from quantize.plan import BUNDLED, resolve_source
 from step_kernels.cli import Parser, close_quietly
 from step_kernels.model import CheckpointError, Step3p7
 from step_kernels.model.chat import Chat
 from step_kernels.model.checkpoint import read_json
+from step_kernels.model.config import StepConfig
 from step_kernels.nvfp4 import SEARCHES
 
 from . import corpus
@@ -46,11 +47,18 @@ def heldout(documents: int | None) -> tuple[list[str], np.ndarray, np.ndarray]:
     return texts[:documents], images[:pictures], labels[:pictures]
 
 
+def encoded(chat: Chat, config: StepConfig, texts: list[str]) -> list[list[int]]:
+    """Documents as tokens, LENGTH at most."""
+    chat.tokenizer.encode_special_tokens = True  # as text: documents may speak of them
+    ids = (chat.tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
+    return [[config.bos_id, *of][: min(LENGTH, config.max_positions)] for of in ids]
+
+
 def variants() -> dict[str, quantize.Settings]:
-    """What is measured beside the source: each search for the experts, then each other recipe with `mse`."""
+    """What is measured beside the source: each search for the experts, then the linears too with `mse`."""
     searches = sorted(SEARCHES, key=lambda search: search != "max")
     found = {f"NVFP4 experts, {search}": quantize.Settings(search=search) for search in searches}
-    return found | {f"NVFP4 {r}, mse": quantize.Settings(recipe=r, search="mse") for r in RECIPES if r != "experts"}
+    return found | {"NVFP4 linears, mse": quantize.Settings(recipe="linears", search="mse")}
 
 
 def resampled(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -119,9 +127,7 @@ def measure(source: Path, device: torch.device, documents: int | None) -> dict:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     reference = Step3p7.from_pretrained(source, device, dtype)
     config, chat = reference.config, Chat(source, reference.config)
-    chat.tokenizer.encode_special_tokens = True  # as text: documents may speak of them
-    encoded = (chat.tokenizer.encode(text, add_special_tokens=False).ids for text in texts)
-    tokens = [[config.bos_id, *ids][: min(LENGTH, config.max_positions)] for ids in encoded]
+    tokens = encoded(chat, config, texts)
     record = source / "training.json"  # its baseline was measured on all documents
     baseline = read_json(record).get("baseline") if documents is None and record.exists() else None
     if baseline and not (isinstance(baseline, dict) and baseline.keys() >= {"name", "perplexity"}):

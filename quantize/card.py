@@ -64,6 +64,8 @@ def _about(plan: Plan, source: str) -> list[str]:
 def _settings(plan: Plan) -> list[str]:
     settings = plan.settings
     what = "the routed experts" if settings.recipe == "experts" else "all linear layers of the trunk but the router"
+    if settings.recipe == "mixed":
+        what += f", each in NVFP4, FP8 or as it was, by what that changes, in at most {settings.bits:g} bits a weight"
     what += ", and in FP8 the trunk's other linear layers but the router" * (settings.rest == FP8)
     what += ", lm_head" * settings.lm_head + ", the MTP layers' attention and MLP" * settings.mtp
     search = {"max": "amax / 6 of a block", "four-six": "the better of amax / 6 and amax / 4"}

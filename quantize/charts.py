@@ -8,6 +8,7 @@ import numpy as np
 
 from . import plots
 from .figures import Figures, Weight, layer_order
+from .layout import FP8, NVFP4, layer_number, projection_name
 from .tables import table
 
 FEW_TOKENS = 256  # an expert calibrated on fewer is told apart
@@ -103,6 +104,26 @@ def calibration(figures: Figures) -> str:
         "the median of the experts, a band from the least to the largest; this the calibrated searches raise.</p>",
         outputs,
         "output SQNR, dB",
+    )
+
+
+def precisions(figures: Figures) -> str:
+    """What the mixed recipe measured and chose."""
+    chosen, damages, rows = figures.precisions, figures.damages, {}
+    sums = [0.0, 0.0, 0.0]
+    for leader, damage in damages.items():
+        layer, ends = layer_number(leader), (damage[FP8], damage[chosen[leader]], damage[NVFP4])
+        sums = [total + end for total, end in zip(sums, ends)]
+        if layer is not None and ends[-1]:  # lm_head is only in the sums
+            rows.setdefault(projection_name(leader), []).append((layer, *(end or np.nan for end in ends)))
+    return _ranges(
+        "<h2>Precisions by what they change</h2><p>How much the hidden states behind a layer change, "
+        "|change|² / |hidden|², when one group of its linears is quantized (q_proj stands for q, k and v, gate_proj "
+        "for gate and up): a band from FP8 to NVFP4, a line for what was chosen, broken where a group stays as it was. "
+        "Added up over all groups: in FP8 {:.2e}, as chosen {:.2e}, in NVFP4 {:.2e}.</p>".format(*sums),
+        {projection: np.array(of) for projection, of in rows.items()},
+        "change",
+        log=True,
     )
 
 

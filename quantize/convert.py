@@ -26,6 +26,7 @@ from .layout import FP8, layer_number, projection_name
 from .matrices import label, pieces
 from .modelopt import HF_QUANT_CONFIG, metadata_files
 from .plan import Group, Plan, Settings, UsageError, make_plan, resolve_source
+from .sensitivity import mixed
 from .shards import CHUNK, PART, Shard, copy_side_files, write_file
 
 STATE = "nvfp4-conversion.json"  # in the target until it is verified
@@ -77,7 +78,10 @@ def run(
     source, target = resolve_source(source), Path(target)
     devices = lanes.devices(device)
     kept = kept_files(source, target, resume)
-    conversion = _Conversion(make_plan(Checkpoint(source), settings, precisions), target, devices, progress)
+    plan = make_plan(Checkpoint(source), settings, precisions)
+    if settings.recipe == "mixed" and precisions is None:
+        plan = mixed(plan, devices[0], progress, _state(target).get("damages"))
+    conversion = _Conversion(plan, target, devices, progress)
     if not kept or conversion.recall():
         conversion.write()
     elif not conversion.is_finished():
@@ -113,6 +117,11 @@ def kept_files(source: Path, target: Path, resume: bool) -> bool:
     return any(f.suffix != PART for f in files)
 
 
+def _state(target: Path) -> dict:
+    """What a stopped run noted in the target; empty where none has."""
+    return read_json(target / STATE) if (target / STATE).exists() else {}
+
+
 class _Conversion:
     def __init__(self, plan: Plan, target: Path, devices: list[torch.device], progress: bool):
         self.plan, self.target, self.devices, self.progress = plan, target, devices, progress
@@ -129,10 +138,9 @@ class _Conversion:
 
     def recall(self) -> bool:
         """Takes up what an earlier run left, if it left a state; a different conversion's is an error."""
-        path = self.target / STATE
-        if not path.exists():
+        state = _state(self.target)
+        if not state:
             return False
-        state = read_json(path)
         if state.get("digest") != self.plan.digest:
             raise UsageError(f"{self.target}: was begun with other settings, another source or version; start anew")
         errors = state.get("errors", {})
@@ -310,5 +318,5 @@ class _Conversion:
         return metadata_files(self.checkpoint.config, self.plan.quantization, self.shards)
 
     def _save_state(self) -> None:
-        state = {"digest": self.plan.digest, "errors": self.errors}
+        state = {"digest": self.plan.digest, "errors": self.errors, "damages": self.plan.damages}
         write_file(self.target / STATE, json.dumps(state).encode())

@@ -20,6 +20,7 @@ from .layout import FP8, NVFP4, fp8_bytes, nvfp4_bytes
 from .matrices import pieces, quantize_piece
 from .matrices import read_piece as read_weight
 from .plan import Plan, Settings, make_plan, resolve_source
+from .sensitivity import mixed
 from .shards import Shard
 
 _SAMPLE = 256 << 20  # bytes read, and as many written, to measure a disk
@@ -103,7 +104,7 @@ def estimate(
     settings: Settings | None = None,
     *,
     device: str = "cpu",
-    precisions: dict[str, str] | None = None,
+    progress: bool = False,
 ) -> tuple[Plan, Estimate]:
     """The plan of `run` with these arguments, and what it would cost; raises what `run` would.
 
@@ -111,7 +112,9 @@ def estimate(
     """
     devices, source, folder = lanes.devices(device), resolve_source(source), Path(target)
     kept_files(source, folder, resume=False)
-    plan = make_plan(Checkpoint(source), settings or Settings(), precisions)
+    plan = make_plan(Checkpoint(source), settings or Settings())
+    if plan.settings.recipe == "mixed":
+        plan = mixed(plan, devices[0], progress)
     while not folder.exists():
         folder = folder.parent
     number = lanes.count(devices, max(jobs.host_bytes(plan.checkpoint, group) for group in plan.groups))

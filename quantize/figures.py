@@ -168,14 +168,16 @@ _DTYPES = {"errors": "<f8", "scales": "<f8", "counts": "<i8", "tokens": "<i8", "
 class Figures:
     """All that a report shows. `weights`: by layer (None: lm_head) and projection; `about`: lines of the heading.
 
-    `problems`: the verification's, None where it was not done. `bytes_in`, `bytes_out`, `seconds` are of this run, and
-    `done_before` says that an earlier one did a part. Peaks are bytes.
+    `precisions`, `damages`: the plan's. `problems`: the verification's, None where it was not done. `bytes_in`,
+    `bytes_out`, `seconds` are of this run, and `done_before` says that an earlier one did a part. Peaks are bytes.
     """
 
     weights: dict[tuple[int | None, str], Weight] = field(default_factory=dict)
     title: str = ""
     about: dict[str, str] = field(default_factory=dict)
     kinds: list[Kind] = field(default_factory=list)
+    precisions: dict[str, str] = field(default_factory=dict)
+    damages: dict[str, dict[str, float]] = field(default_factory=dict)
     problems: list[str] | None = None
     bytes_in: int = 0
     bytes_out: int = 0

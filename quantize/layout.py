@@ -102,7 +102,7 @@ def recipe_precisions(config: StepConfig, recipe: str, rest: str, lm_head: bool,
         elif (is_head and not lm_head) or (drafts and not mtp):
             found[leader] = SOURCE
         else:
-            found[leader] = NVFP4 if recipe == "linears" or (drafts and rest == SOURCE) else rest
+            found[leader] = NVFP4 if recipe != "experts" or (drafts and rest == SOURCE) else rest
     return found
 
 

@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.format,
             options.mtp,
             options.rest,
+            options.bits,
         )
         if options.dry_run:
             return _dry_run(options, settings)
@@ -84,8 +85,17 @@ def _parser() -> Parser:
         choices=RECIPES,
         default=RECIPES[0],
         help="what to quantize: the routed experts, or the linear layers of attention, dense MLPs and share experts "
-        "too; the router, the attention's small g_proj (engines expect it so) and the vision encoder stay as they are "
-        "in both, and so do the MTP layers without --mtp (default: %(default)s)",
+        "too, to NVFP4 or mixed as --bits says; the router, the attention's small g_proj (engines expect it so) and "
+        "the vision encoder stay as they are, and so do the MTP layers without --mtp (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bits",
+        type=float,
+        metavar="BITS",
+        help="with --recipe mixed: how many a weight of the routed experts and these linear layers may have together. "
+        "Each layer gets NVFP4 (4.5 bits), FP8 with a scale a row (8) or stays as it is, by what that changes in the "
+        "hidden states of the --calibration; this is measured first, in a pass over the source, by "
+        "--dry-run too",
     )
     parser.add_argument(
         "--rest",
@@ -95,7 +105,7 @@ def _parser() -> Parser:
         "FP8 with a scale a row, for vLLM 0.33 and this project (default: %(default)s)",
     )
     parser.add_argument(
-        "--lm-head", action="store_true", help="quantize lm_head too; only with --recipe linears or --rest fp8"
+        "--lm-head", action="store_true", help="quantize lm_head too; only with --recipe linears, mixed or --rest fp8"
     )
     parser.add_argument(
         "--mtp",
@@ -167,7 +177,7 @@ def _without_resume(arguments: list[str] | None) -> list[str]:
 
 
 def _dry_run(options: argparse.Namespace, settings: Settings) -> int:
-    plan, cost = estimate(options.source, options.target, settings, device=options.device)
+    plan, cost = estimate(options.source, options.target, settings, device=options.device, progress=True)
     print("\n".join(table(plan, options.verbose)))
     rates = (cost.reading, cost.quantizing, cost.writing)
     print("measured: read {:.2f}, quantize {:.2f}, write {:.2f} GB/s".format(*(rate / 1e9 for rate in rates)))

@@ -42,10 +42,11 @@ from .modelopt import (
 )
 
 BUNDLED = "bundled"
-RECIPES = ("experts", "linears")
+RECIPES = ("experts", "linears", "mixed")
 REST = (SOURCE, FP8)
 KV_CACHES, KV_SCALES = ("fp8", "none"), ("cast", "calibrated")
 CALIBRATED = ("hessian", "gptq")  # searches that need to know the inputs of a weight
+NVFP4_BITS = 4 + 8 / BLOCK  # a weight, its block's scale included
 FLOATS = ("BF16", "F16", "F32")
 _NAME = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -68,6 +69,7 @@ class Settings:
     format: str = FORMATS[0]
     mtp: bool = False
     rest: str = SOURCE
+    bits: float | None = None  # a weight of the routed experts and the linears that may be quantized
 
     def __post_init__(self):
         searches = (*SEARCHES, *CALIBRATED)
@@ -76,10 +78,20 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(allowed)}")
-        if self.rest == FP8 and self.recipe == "linears":
-            raise UsageError("rest: got fp8 with recipe linears, which leaves nothing to it, wanted recipe experts")
-        if self.lm_head and self.recipe != "linears" and self.rest == SOURCE:
-            raise UsageError(f"lm_head: got it with recipe {self.recipe}, wanted recipe linears, or rest fp8")
+        if self.rest == FP8 and self.recipe != "experts":
+            raise UsageError(
+                f"rest: got fp8 with recipe {self.recipe}, which leaves nothing to it, wanted recipe experts"
+            )
+        if self.lm_head and self.recipe == "experts" and self.rest == SOURCE:
+            raise UsageError("lm_head: got it with recipe experts, wanted recipe linears or mixed, or rest fp8")
+        if (self.bits is None) == (self.recipe == "mixed"):
+            raise UsageError(
+                f"bits: got {self.bits} with recipe {self.recipe}, wanted a number with recipe mixed alone"
+            )
+        if self.bits is not None and not self.bits >= NVFP4_BITS:
+            raise UsageError(f"bits: got {self.bits}, wanted at least {NVFP4_BITS}, what all linears in NVFP4 have")
+        if self.calibration is None and self.recipe == "mixed":
+            raise UsageError("recipe: mixed measures what precisions cost, wanted calibration data")
         if self.calibration is None and self.search in CALIBRATED:
             raise UsageError(f"search: {self.search} needs to know the weights' inputs, wanted calibration data")
         if self.kv_scales == "calibrated" and (self.calibration is None or self.kv_cache == "none"):
@@ -130,6 +142,7 @@ class Plan:
     copies: list[tuple[Entry, str, str]] = field(default_factory=list)
     constants: list[Constant] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
+    damages: dict[str, dict[str, float]] = field(default_factory=dict)  # of precisions, as sensitivity.measure gives
 
     @property
     def digest(self) -> str:

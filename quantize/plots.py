@@ -108,7 +108,7 @@ def by_layer(modules: dict[str, dict[str, np.ndarray]], label: str, log: bool = 
         axes.set(xlabel="layer", yscale="log" if log else "linear")
         if log:
             every = np.concatenate([rows[:, 1:].ravel() for rows in projections.values()])
-            axes.set_ylim(every.min() / 1.5, every.max() * 1.5)  # room for two of the ticks at least
+            axes.set_ylim(np.nanmin(every) / 1.5, np.nanmax(every) * 1.5)  # room for two of the ticks at least
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axes.yaxis.set(major_formatter="{x:.1e}", minor_formatter=NullFormatter())
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -82,6 +82,8 @@ def describe(
         title=Path(target).resolve().name,
         about=about,
         kinds=kinds(plan),
+        precisions=plan.precisions,
+        damages=plan.damages,
         problems=summary.problems if verified else None,
         bytes_in=summary.bytes_in,
         bytes_out=summary.bytes_out,
@@ -101,8 +103,8 @@ def write(path: str | Path, figures: Figures) -> None:
 def page(figures: Figures) -> str:
     """The report's HTML, the same for the same figures."""
     order = (
-        tables.heading, tables.sizes, tables.conversion, tables.layers, charts.experts, tables.worst, charts.scales,
-        charts.calibration,
+        tables.heading, tables.sizes, tables.conversion, charts.precisions, tables.layers, charts.experts, tables.worst,
+        charts.scales, charts.calibration,
     )  # fmt: skip
     parts = [section(figures) for section in order]
     if not figures.weights:
