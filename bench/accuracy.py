@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import shutil
 import sys
@@ -19,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import quantize
-from quantize.plan import BUNDLED, resolve_source
+from quantize.plan import BUNDLED, CALIBRATED, resolve_source
 from step_kernels.cli import Parser, close_quietly
 from step_kernels.model import CheckpointError, Step3p7
 from step_kernels.model.chat import Chat
@@ -29,12 +30,14 @@ from step_kernels.nvfp4 import SEARCHES
 
 from . import corpus
 from .accuracy_report import LEVELS, SOURCE, plot, report
+from .corpus.documents import rank
 from .quality import Text, compare, count_drafts, read_digits, read_text
 from .run import machine
 
 LENGTH = 512  # tokens of a document, the first one included
 STRIP = 4  # digits of a picture with crops
 DRAWS = 2000  # of the bootstrap
+CALIBRATION = 2048  # documents of the training text for the searches that need some: 1.05 M tokens
 
 
 def heldout(documents: int | None) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -59,6 +62,15 @@ def variants() -> dict[str, quantize.Settings]:
     searches = sorted(SEARCHES, key=lambda search: search != "max")
     found = {f"NVFP4 experts, {search}": quantize.Settings(search=search) for search in searches}
     return found | {"NVFP4 linears, mse": quantize.Settings(recipe="linears", search="mse")}
+
+
+def calibrated(data: Path, chat: Chat, config: StepConfig, file: Path) -> dict[str, quantize.Settings]:
+    """Each search by the inputs of the first training documents of LENGTH tokens, by hash; no held-out one is there."""
+    texts = (d["text"] for d in sorted(corpus.read_text(data), key=lambda document: rank(document["name"])))
+    rows = ([config.bos_id, *chat.tokenizer.encode(text, add_special_tokens=False).ids] for text in texts)
+    rows = itertools.islice((row[:LENGTH] for row in rows if len(row) >= LENGTH), CALIBRATION)
+    np.save(file, np.array(list(rows)))
+    return {f"NVFP4 experts, {search}": quantize.Settings(search=search, calibration=file) for search in CALIBRATED}
 
 
 def resampled(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -121,8 +133,8 @@ def task_figures(model: Step3p7, kv_cache: str, chat: Chat, tokens: list[list[in
     return figures | {"drafts": [ratio(k, o) for k, o in zip(kept.T, offered.T)]}
 
 
-def measure(source: Path, device: torch.device, documents: int | None) -> dict:
-    """Every variant through either cache, as `--json` writes it."""
+def measure(source: Path, device: torch.device, documents: int | None, data: Path | None = None) -> dict:
+    """Every variant through either cache, as `--json` writes it; with `data` calibrated ones too."""
     texts, images, labels = heldout(documents)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     reference = Step3p7.from_pretrained(source, device, dtype)
@@ -133,8 +145,10 @@ def measure(source: Path, device: torch.device, documents: int | None) -> dict:
     if baseline and not (isinstance(baseline, dict) and baseline.keys() >= {"name", "perplexity"}):
         raise CheckpointError(f"{record}: baseline: got {baseline!r}, wanted a name and a perplexity")
     rows, found, settings = [], {}, variants()
-    bar = tqdm(total=5 * len(settings) + 5, desc="measuring", disable=None, leave=False)
-    with tempfile.TemporaryDirectory() as folder, bar:
+    with tempfile.TemporaryDirectory() as folder, tqdm(desc="measuring", disable=None, leave=False) as bar:
+        if data is not None:
+            settings |= calibrated(data, chat, config, Path(folder) / "calibration.npy")
+        bar.reset(5 * len(settings) + 5)
         hidden = read_text(reference, "model", tokens)
         bar.update()
         for i, name in enumerate((SOURCE, *settings)):
@@ -181,6 +195,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="a folder in BF16 with a tokenizer.json (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="f32 compute on cpu, bfloat16 on a GPU (default here: %(default)s)")  # fmt: skip
+    parser.add_argument("--calibration", type=Path, metavar="DATA",
+                        help="measure hessian and gptq too, calibrated with the training text that `python -m "
+                        "bench.corpus DATA` made")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, as .svg or .png; needs matplotlib")
     parser.add_argument("--documents", type=int, metavar="N",
@@ -216,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.plot:
             _require_matplotlib()
-        result = measure(resolve_source(options.checkpoint), options.device, options.documents)
+        result = measure(resolve_source(options.checkpoint), options.device, options.documents, options.calibration)
         print(report(result), flush=True)
         if options.json:
             options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,11 +1,12 @@
 """Calibration: a text's tokens go through the source model a layer at a time, and each weight's inputs are summed up.
 
-One layer's weights are on the device at a time, the tokens' hidden states in host memory.
+One layer's weights are on the device at a time, the tokens' hidden states in host memory. For gptq the tokens go
+through the quantized layers too: their inputs count, and each weight is to make up for what the layers before and the
+experts quantized before it have changed (arXiv 2504.02692 does so for the layers).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,75 +20,40 @@ from step_kernels.model.chat import Chat
 from step_kernels.model.checkpoint import Checkpoint, CheckpointError
 from step_kernels.model.config import StepConfig
 from step_kernels.model.decoder import DecoderLayer
-from step_kernels.model.layers import linear
 from step_kernels.model.memory import Tapped
 from step_kernels.model.weights import Weights
-from step_kernels.nvfp4 import E2M1_MAX, E4M3_MAX
-from step_kernels.ops import swiglu
 
-from .hessian import block_hessians, products, shrunk
-from .layout import weight_name
+from .inputs import GPTQ, Inputs, Tap
 
 LENGTH, SEQUENCES = 2048, 512  # tokens of a sequence, and sequences, at most: 1.05 M tokens
-HEADROOM = (
-    2.0  # without it a quarter of the layers met larger inputs in other text, by 1.8 at most; it costs no accuracy
-)
 _AT_ONCE = 8192  # tokens in a layer: their f32 inner states of a dense MLP are 370 MB
 
 
 def read_tokens(path: str | Path, folder: Path, config: StepConfig) -> Tensor:
-    """A text in UTF-8, or token ids in a .npy file, any shape -> i64 [sequences, length], what is beyond cut off."""
+    """A text in UTF-8, or token ids in a .npy file -> i64 [sequences, length], what is beyond cut off.
+
+    Ids in two dimensions are sequences of their own, as documents are; a text, and other ids, are cut into them.
+    """
     path = Path(path)
     try:
         if path.suffix == ".npy":
-            ids = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64, casting="safe").reshape(-1))
+            ids = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64, casting="safe"))
         else:
             text = path.read_text(encoding="utf-8")
             ids = torch.tensor(Chat(folder, config).tokenizer.encode(text, add_special_tokens=False).ids)
     except (OSError, ValueError, TypeError) as e:
         raise CheckpointError(f"{path}: not readable as calibration data: {e}") from None
-    if not len(ids):
+    if not ids.numel():
         raise CheckpointError(f"{path}: got no tokens, wanted text or a .npy file of token ids")
     if not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
         bad = int(ids[(ids < 0) | (ids >= config.vocab_size)][0])
         raise CheckpointError(f"{path}: got token id {bad}, wanted 0 to {config.vocab_size - 1}")
-    length = min(LENGTH, len(ids), config.max_positions)
-    return ids[: min(SEQUENCES, len(ids) // length) * length].view(-1, length)
-
-
-class Inputs:
-    """What one weight is multiplied by, summed over the tokens; of each expert where there are several.
-
-    `tokens` f32 [experts], `amax` f32 [], and with `search` hessian or gptq `sums`: of x x^T, f32 [experts, ...].
-    """
-
-    def __init__(self, k: int, search: str, experts: int, device: torch.device):
-        self.tokens, self.amax = torch.zeros(experts, device=device), torch.zeros((), device=device)
-        shape = {"hessian": (k // 16, 16, 16), "gptq": (k, k)}.get(search)
-        self.sums = None if shape is None else torch.zeros((experts, *shape), device=device)
-
-    def add(self, x: Tensor, expert: int = 0) -> None:
-        """x [tokens, k]."""
-        if len(x) == 0:
-            return
-        self.tokens[expert] += len(x)
-        self.amax = torch.maximum(self.amax, x.abs().amax().float())
-        if self.sums is not None:
-            self.sums[expert] += products(x) if self.sums.dim() == 3 else block_hessians(x)
-
-    @property
-    def input_scale(self) -> float:
-        """What engines that quantize inputs divide them by: the range of NVFP4 ends at HEADROOM times the largest."""
-        return HEADROOM * float(self.amax) / (E2M1_MAX * E4M3_MAX) or 1.0
-
-    def hessians(self, begin: int, end: int) -> Tensor:
-        """A token's of these experts; one with few tokens leans on the mean over all."""
-        return shrunk(self.sums[begin:end], self.tokens[begin:end], self._mean)
-
-    @functools.cached_property
-    def _mean(self) -> Tensor:
-        """Over all experts; not before the last token has been added."""
-        return self.sums.sum(0) / self.tokens.sum().clamp(min=1)
+    longest = min(LENGTH, config.max_positions)
+    if ids.dim() != 2:
+        length = min(longest, ids.numel())
+        ids = ids.flatten()[: ids.numel() // length * length].view(-1, length)
+    ids = ids[:, :longest]
+    return ids[: LENGTH * SEQUENCES // ids.shape[1]].contiguous()
 
 
 class Calibration:
@@ -103,83 +69,61 @@ class Calibration:
         table = self.weights.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         step = max(1, _AT_ONCE // self.length)
         self.hidden = [table[ids.to(device)].flatten(0, 1).cpu() for ids in tokens.split(step)]
+        self.quantized = list(self.hidden) if search == GPTQ else None  # behind the same layers, quantized
 
     @torch.inference_mode()
     def layers(self, leaders: set[str], progress: bool = False) -> Iterator[tuple[int, dict[str, Inputs], Tensor]]:
         """Each layer's number, the inputs of those of its weights among `leaders`, and amax f32 [2] of keys and values.
 
-        What it gives is to be used before the next is asked for.
+        What it gives is to be used before the next is asked for. For gptq a mixture comes twice, the second time with
+        down_proj: its inputs are what the quantized gate and up give.
         """
         device = self.weights.device
         for index in tqdm(range(self.config.num_layers), desc="calibrating", disable=None if progress else True):
             inputs: dict[str, Inputs] = {}
-            layer = DecoderLayer(Tapped(self.weights, self._tap(leaders, inputs)), index, self.config)
-            peaks = torch.zeros(2, device=device)
+            tap = Tap(self, leaders, inputs)
+            layer, peaks = DecoderLayer(Tapped(self.weights, tap), index, self.config), torch.zeros(2, device=device)
             for i, hidden in enumerate(self.hidden):
-                context = _Peaks(len(hidden) // self.length, self.length, device, peaks)
-                x, addends = layer(hidden.to(device), (), context)
-                self.hidden[i] = sum(addends, x).cpu()
-            for name, found in inputs.items():
-                if not torch.isfinite(found.amax):
-                    raise CheckpointError(f"{name}: calibration tokens reach it as NaN or infinity")
-            yield index, inputs, peaks
-            del layer, inputs
+                self.hidden[i] = self._run(layer, hidden, peaks)  # first the source's, then what is compared with it
+                if self.quantized is not None:
+                    self._run(layer, self.quantized[i], peaks)
+            del layer
+            yield index, _finished(inputs), peaks
+            if self.quantized is not None:
+                yield from self._again(index, tap, peaks)
 
-    def _tap(self, leaders: set[str], inputs: dict[str, Inputs]):
-        def inputs_of(name: str, k: int, experts: int = 1) -> Inputs | None:
-            if name in leaders:
-                inputs[name] = Inputs(k, self.search, experts, self.weights.device)
-            return inputs.get(name)
+    def _again(self, index: int, tap: Tap, peaks: Tensor) -> Iterator[tuple[int, dict[str, Inputs], Tensor]]:
+        """The layer once more, quantized but for its experts' down_proj, which comes last."""
+        for found in tap.inputs.values():
+            found.sums = found.moved = None  # 38 GB of a layer of 288 experts
+        tap = Tap(self, tap.leaders, {}, before=tap)
+        layer = DecoderLayer(Tapped(self.weights, tap), index, self.config)
+        left = torch.empty(sum(map(len, self.hidden)), self.config.hidden_size, device=self.weights.device)
+        parts = left.split([len(hidden) for hidden in self.hidden])
+        for i, hidden in enumerate(self.quantized):
+            self.quantized[i] = self._run(layer, hidden, peaks)
+            parts[i].copy_(self.hidden[i].float() - self.quantized[i].float())
+        del layer
+        for shared in tap.inputs.values():
+            shared.share(tap.experts, tap.before.experts.same, left)
+            yield index, _finished(tap.inputs), peaks
+            for i, lacks in enumerate(parts):
+                self.quantized[i] = (self.hidden[i].float() - lacks.cpu()).to(self.weights.dtype)
 
-        def tap(name: str, value):
-            if name.endswith(".moe"):
-                layer, config = int(name.split(".")[2]), self.config
-                gate, down = (weight_name(layer, projection) for projection in ("gate_proj", "down_proj"))
-                return _Experts(
-                    value,
-                    config.num_experts,
-                    inputs_of(gate, config.hidden_size, config.num_experts),
-                    inputs_of(down, config.moe_intermediate_size, config.num_experts),
-                )
-            if name in leaders and isinstance(value, Tensor):
-                return _Linear(value, inputs_of(name, value.shape[1]))
-            return value
-
-        return tap
-
-
-class _Linear:
-    """A weight that notes its inputs."""
-
-    def __init__(self, weight: Tensor, inputs: Inputs):
-        self.weight, self.shape, self.inputs = weight, weight.shape, inputs
-
-    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        self.inputs.add(x.flatten(0, -2))
-        return linear(x, self.weight, out_dtype)
+    def _run(self, layer: DecoderLayer, hidden: Tensor, peaks: Tensor) -> Tensor:
+        device = self.weights.device
+        context = _Peaks(len(hidden) // self.length, self.length, device, peaks)
+        x, addends = layer(hidden.to(device), (), context)
+        return sum(addends, x).cpu()
 
 
-class _Experts:
-    """Routed experts that note the inputs of both of their products."""
-
-    def __init__(self, experts, count: int, gate_up: Inputs | None, down: Inputs | None):
-        self.experts, self.count, self.gate_up, self.down = experts, count, gate_up, down
-
-    def __call__(self, x: Tensor, weights: Tensor, ids: Tensor, limit: float | None) -> Tensor:
-        total = torch.zeros(x.shape, device=x.device)
-        order = ids.flatten().argsort(stable=True)
-        for e, chosen in enumerate(order.split(ids.flatten().bincount(minlength=self.count).tolist())):
-            if len(chosen) == 0:
-                continue
-            token = chosen // ids.shape[1]
-            gate_up, down = self.experts.expert(e, x.dtype)
-            mine = x[token]
-            inner = swiglu(mine @ gate_up.mT, limit)
-            for noted, seen in ((self.gate_up, mine), (self.down, inner)):
-                if noted:
-                    noted.add(seen, e)
-            total.index_add_(0, token, (inner @ down.mT).float() * weights.flatten()[chosen, None])
-        return total.to(x.dtype)
+def _finished(inputs: dict[str, Inputs]) -> dict[str, Inputs]:
+    for name, found in inputs.items():
+        if not torch.isfinite(found.amax):
+            raise CheckpointError(f"{name}: calibration tokens reach it as NaN or infinity")
+        if found.sums is not None:
+            _ = found.mean  # worked out here, on the stream that the lanes wait for
+    return inputs
 
 
 class _Peaks(WholeSequences):

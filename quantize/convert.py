@@ -17,9 +17,10 @@ from step_kernels.model.checkpoint import INDEX, Checkpoint, CheckpointError, re
 from step_kernels.nvfp4 import E4M3_MAX
 
 from . import card, jobs, lanes
-from .calibration import Calibration, Inputs
+from .calibration import Calibration
 from .errors import Errors
 from .figures import Weight
+from .inputs import GPTQ, Inputs, Shared
 from .jobs import Output
 from .lanes import Lanes
 from .layout import FP8, layer_number, projection_name
@@ -157,17 +158,21 @@ class _Conversion:
     def write(self) -> None:
         """Every shard that is not there yet, then the other files, the index last."""
         self._prepare()
-        groups = [g for g in self.plan.groups if any(file not in self.done for file, _ in g.outputs)]
+        # gptq's weights lean on those before them: what is there already is worked out again, and not written
+        again = [g for g in self.plan.groups if self.plan.settings.search == GPTQ and self._is_calibrated(g)]
+        groups = [g for g in self.plan.groups if g in again or any(file not in self.done for file, _ in g.outputs)]
         copies = [c for c in self.plan.copies if c[1] not in self.done]
         total = sum(jobs.source_bytes(self.checkpoint, w) for g in groups for w in g.weights)
         total += sum(entry.end - entry.begin for entry, _, _ in copies)
-        number = lanes.count(self.devices, max((jobs.host_bytes(self.checkpoint, g) for g in groups), default=0))
+        # gptq's lanes share what they note of the layer
+        devices = self.devices[:1] if self.plan.settings.search == GPTQ else self.devices
+        number = lanes.count(devices, max((jobs.host_bytes(self.checkpoint, g) for g in groups), default=0))
         if self.plan.tokens is not None:
-            number = min(number, 2 * len(self.devices))  # each has many matrices at a time
+            number = min(number, 2 * len(devices))  # each has many matrices at a time
         quiet = None if self.progress else True  # None: unless stderr is a terminal
         try:
             with tqdm(total=total, unit="B", unit_scale=True, desc="quantizing", disable=quiet) as self.bar:
-                with Lanes(self.devices, number) as pool:
+                with Lanes(devices, number) as pool:
                     self.groups = dict.fromkeys(groups)
                     self.under_way = {file: [] for file in self.shards if file not in self.done}
                     if self.plan.tokens is not None:
@@ -230,7 +235,11 @@ class _Conversion:
                 job, step, how = jobs.quantize_for_inputs, jobs.at_once(self.checkpoint, group, inputs), inputs
             else:
                 job, step, how = jobs.quantize, 1, self.plan.settings.plain_search
-            ends = ((at, min(at + step, count)) if how is inputs else (at,) for at in range(0, count, step))
+            if isinstance(inputs, Shared):  # about one of each token's experts at a time
+                step = min(step, max(1, count // self.plan.config.top_k))
+            ends = [(at, min(at + step, count)) if how is inputs else (at,) for at in range(0, count, step)]
+            if isinstance(inputs, Shared):
+                job, ends = jobs.quantize_in_turn, [(ends,)]
             under_way = [pool.submit(self._job, job, *some, self.checkpoint, group, outputs, how) for some in ends]
         for into in {into for into, _, _ in live}:
             self.under_way[into] += under_way
@@ -262,6 +271,8 @@ class _Conversion:
                 under_way += self._submit(pool, group, found)
             for job in under_way:
                 job.result()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             left = {file for group in self.groups for file, _ in group.outputs}
             late = {constant.file for constant in self.plan.constants if (constant.layer or 0) > index}
             for file in [f for f in self.under_way if f not in left | late]:

@@ -12,10 +12,10 @@ from step_kernels import nvfp4, nvfp4_error
 from step_kernels.model.checkpoint import Checkpoint, CheckpointError, Entry, Piece, read_piece
 
 from . import fp8, lanes, matrices
-from .calibration import Inputs
 from .figures import COUNTS, Weight, tally
 from .formats import BLOCK_SCALES, CODES, GLOBAL_SCALE, Channels, Stored, place
 from .hessian import gptq, local_gptq, output_error
+from .inputs import Inputs
 from .matrices import label, pieces, quantize_piece
 from .plan import Group
 from .shards import CHUNK, Shard
@@ -133,11 +133,13 @@ def quantize_for_inputs(
         raise CheckpointError(f"{first}: {label(entries[0].shape, matrix)}weights are too small")
     hessians = inputs.hessians(begin, end).to(device)
     try:
-        packed, chosen = (gptq if hessians.dim() == 3 else local_gptq)(x, scales, hessians)
+        wanted = inputs.wanted(begin, end, x, hessians)
+        packed, chosen = (gptq if hessians.dim() == 3 else local_gptq)(wanted, scales, hessians)
     except torch.linalg.LinAlgError as e:
         raise CheckpointError(f"{first}: its inputs' Hessian cannot be factored: {e}") from None
-    parts = zip(*(t.split(rows, 1) for t in (x, packed, chosen)), tops, outputs)
-    for part, codes, blocks, top, output in parts:
+    parts = zip(group.weights, *(t.split(rows, 1) for t in (x, packed, chosen)), tops, outputs)
+    for weight, part, codes, blocks, top, output in parts:
+        inputs.take(begin, weight, part, nvfp4.dequantize(codes, blocks, scales))
         if output is None:
             continue
         for matrix, *of in zip(range(begin, end), part, codes, blocks, scales, hessians):
@@ -145,6 +147,11 @@ def quantize_for_inputs(
             output.write_scale(matrix, of[3])
         output.zeros += (begin + (top == 0).nonzero().flatten()).tolist()
     return sum((entry.end - entry.begin) // len(pieces(entry.shape)) * (end - begin) for entry in entries)
+
+
+def quantize_in_turn(ends: list[tuple[int, int]], *arguments) -> int:
+    """quantize_for_inputs for one part after the other, of experts that make up for each other's errors."""
+    return sum(quantize_for_inputs(*some, *arguments) for some in ends)
 
 
 def _note(
@@ -159,11 +166,11 @@ def _note(
 
 
 def at_once(checkpoint: Checkpoint, group: Group, inputs: Inputs) -> int:
-    """How many matrices of a group quantize_for_inputs may take: it holds up to 18 bytes a weight, of it two numbers in
-    f32 and the encoding's temporaries, and gptq twelve a sum: as given, damped and factored."""
+    """How many matrices of a group quantize_for_inputs may take: it holds up to 34 bytes a weight, of it six numbers in
+    f32 and the encoding's temporaries, and gptq sixteen a sum: as given, damped, in order and factored."""
     weights = sum(math.prod(checkpoint.entry(weight).shape[-2:]) for weight in group.weights)
     sums = inputs.sums[0].numel()
-    return max(1, _AT_ONCE // (18 * weights + 12 * sums))
+    return max(1, _AT_ONCE // (34 * weights + 16 * sums))
 
 
 def source_bytes(checkpoint: Checkpoint, weight: str) -> int:

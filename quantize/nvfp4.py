@@ -124,8 +124,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="a text, or token ids in a .npy file: what goes through the source model, a layer at a time, to measure "
-        "input scales and for hessian and gptq; at most 1.05 M tokens",
+        help="a text, or token ids in a .npy file, of two dimensions if sequences are to stay apart: what goes through "
+        "the source model, a layer at a time, to measure input scales and for hessian and gptq; at most 1.05 M tokens",
     )
     parser.add_argument(
         "--kv-scales",

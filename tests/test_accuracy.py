@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import accuracy, accuracy_report, corpus, digits, quality
+from bench.corpus.documents import rank
 from bench.run import RESULTS
 from step_kernels.generate import BUNDLED
 from step_kernels.model import Step3p7
@@ -58,6 +59,24 @@ def test_divergence_equals_torchs_kl_div():
 def test_divergence_of_a_coin_from_a_biased_one():
     p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
     assert quality.divergence(p, q).item() == pytest.approx(0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1), rel=1e-6)
+
+
+def test_calibration_takes_the_start_of_long_training_documents_in_the_order_of_their_hashes(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(accuracy, "CALIBRATION", 2)
+    texts = {name: f"{name} {WORDS * times}" for name, times in (("a", 60), ("b", 1), ("c", 60), ("d", 60))}
+    corpus._write(tmp_path / "text.jsonl.xz", [{"name": n, "source": "-", "text": t} for n, t in texts.items()])
+    chat = Chat(BUNDLED, model.config)
+    found = accuracy.calibrated(tmp_path, chat, model.config, tmp_path / "ids.npy")
+    assert [(s.search, s.calibration) for s in found.values()] == [
+        (s, tmp_path / "ids.npy") for s in ("hessian", "gptq")
+    ]
+    order = sorted("acd", key=rank)[:2]  # b is short
+    wanted = [
+        [model.config.bos_id, *chat.tokenizer.encode(texts[n], add_special_tokens=False).ids][:512] for n in order
+    ]
+    assert np.load(tmp_path / "ids.npy").tolist() == wanted
 
 
 def test_a_model_is_at_distance_zero_from_itself(model):

@@ -1,5 +1,6 @@
 """Calibration: each weight's inputs are those of the model itself, whatever the batches."""
 
+import copy
 import shutil
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 from test_model import tokens
 
-from quantize.calibration import Calibration, Inputs, read_tokens
+from quantize.calibration import Calibration, read_tokens
 from quantize.hessian import BLOCK, products
+from quantize.inputs import Inputs
 from quantize.plan import Settings, make_plan
 from step_kernels.generate import BUNDLED
 from step_kernels.model import Step3p7, StepConfig
@@ -25,7 +27,7 @@ def calibrated(ids, search="gptq", leaders=LEADERS):
     run = Calibration(Checkpoint(BUNDLED), CONFIG, ids, CPU, search)
     found, peaks = {}, []
     for _, inputs, peak in run.layers(leaders):
-        found |= inputs
+        found |= {name: copy.copy(one) for name, one in inputs.items()}  # sums are let go of
         peaks.append(peak)
     return run, found, torch.stack(peaks)
 
@@ -128,13 +130,14 @@ def test_activations_that_overflow_are_named(tmp_path):
         list(run.layers(LEADERS))
 
 
-def test_text_and_token_files_become_sequences_of_equal_length(tmp_path):
+def test_text_and_flat_ids_are_cut_into_sequences_and_rows_of_ids_stay_apart(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("A lock is held by one thread. " * 400, encoding="utf-8")
     ids = read_tokens(text, BUNDLED, CONFIG)
     assert ids.shape[1] == 2048 and len(ids) >= 1 and ids.dtype == torch.int64
-    np.save(tmp_path / "b.npy", np.arange(13, 113, dtype=np.int32).reshape(4, 25))
-    assert torch.equal(read_tokens(tmp_path / "b.npy", BUNDLED, CONFIG), torch.arange(13, 113)[None])
+    for shape, wanted in (((100,), (1, 100)), ((4, 25), (4, 25)), ((2, 2, 25), (1, 100))):
+        np.save(tmp_path / "b.npy", np.arange(13, 113, dtype=np.int32).reshape(shape))
+        assert torch.equal(read_tokens(tmp_path / "b.npy", BUNDLED, CONFIG), torch.arange(13, 113).view(wanted))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantize.hessian import BLOCK, DAMPING, block_hessians, gptq, local_gptq, output_error, shrunk
+from quantize.hessian import BLOCK, DAMPING, _damped, block_hessians, fitted, gptq, local_gptq, output_error, shrunk
 from step_kernels import nvfp4
 
 TOKENS, N, K = 2048, 96, 256
@@ -96,6 +96,7 @@ def test_a_block_has_the_scale_that_leaves_the_least_of_d_h_d_among_all_codes():
 
 def test_gptq_rounds_a_column_and_takes_its_error_from_those_behind(monkeypatch):
     monkeypatch.setattr("quantize.hessian.SWEEPS", 0)
+    monkeypatch.setattr("quantize.hessian.STARTS", 1)
     (weight, scale), x = weights("gauss", 32, 160), activations(TOKENS, 1, 160)  # 160: more than one group of columns
     codes, scales = gptq(weight, scale, x.T @ x)
     wanted = published(weight, scales, scale, x.T @ x)
@@ -113,6 +114,25 @@ def test_sweeps_lower_what_outputs_err_by(monkeypatch):
         monkeypatch.setattr("quantize.hessian.SWEEPS", sweeps)
         errors.append(output_sqnr(x, weight, nvfp4.dequantize(*gptq(weight, scale, x.T @ x), scale)))
     assert errors[1] > errors[0] + 1
+
+
+def test_no_row_loses_by_more_orders_of_its_columns(monkeypatch):
+    """And all together leave 2 % less of d^T H d."""
+    (weight, scale), x = weights("gauss", 64, 192), activations(TOKENS, 3, 24)
+    x = 0.3 * activations(TOKENS, 1, 192) + x @ torch.randn(24, 192, generator=torch.Generator().manual_seed(7))
+    damped, left = _damped(x.T @ x).double(), []
+    for starts in (1, 4):
+        monkeypatch.setattr("quantize.hessian.STARTS", starts)
+        d = nvfp4.dequantize(*gptq(weight, scale, x.T @ x), scale).double() - weight
+        left.append(((d @ damped) * d).sum(1))
+    assert (left[1] < 1.0001 * left[0]).all() and left[1].sum() < 0.98 * left[0].sum()
+
+
+def test_fitted_weights_give_what_is_wanted_where_inputs_can():
+    (weight, _), x = weights("gauss", 8, 32), activations(TOKENS, 1, 32)
+    wanted = x @ weight.T + x @ torch.randn(32, 8, generator=torch.Generator().manual_seed(3))
+    got = fitted(weight, (wanted - x @ weight.T).T @ x / TOKENS, x.T @ x / TOKENS)
+    assert (x @ got.T - wanted).norm() < 0.1 * (x @ weight.T - wanted).norm()  # what DAMPING leaves
 
 
 def test_without_correlation_gptq_is_rounding():
