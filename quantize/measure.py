@@ -119,7 +119,7 @@ def _judge(state: State, name: str, samples: list[tuple[str, dict[str, float]]],
         place, sums = max(above, key=lambda a: (math.isnan(_ratio(a[1], "stored")), _ratio(a[1], "stored")))
         detail = f"{place}: {_ratio(sums, 'stored'):.4f}, max gives {_ratio(sums, 'max'):.4f}"
         detail += f"; {len(above)} of {len(samples)} samples" if len(above) > 1 else ""
-        effect = "codes, scales or source do not belong together, or GPTQ chose the codes (for that, --bound .03)"
+        effect = "codes, scales or source do not belong together, or GPTQ chose the codes (then --bound .03)"
         state.findings.fail("e", f"relative MSE is above {bound:.4f}", name, detail, effect)
     elif whole["stored"] > whole["max"] * 1.001:
         detail = f"{_ratio(whole, 'stored'):.6f}, max gives {_ratio(whole, 'max'):.6f}"

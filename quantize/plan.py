@@ -162,7 +162,8 @@ class Plan:
     @property
     def metadata(self) -> dict[str, str]:
         """What each shard's header says of itself."""
-        return {"format": "pt", "producer": f"step-kernels {step_kernels.__version__}", "conversion": self.digest}
+        made = {"producer": f"step-kernels {step_kernels.__version__}", "search": self.settings.search}
+        return {"format": "pt", **made, "conversion": self.digest}
 
     @property
     def quantization(self) -> dict[str, dict]:

@@ -17,6 +17,7 @@ from quantize.inputs import Inputs, Shared
 from quantize.nvfp4 import main
 from quantize.plan import UsageError
 from quantize.shards import Shard
+from quantize.verify import BOUND, verify
 from step_kernels import nvfp4
 from step_kernels.generate import BUNDLED
 from step_kernels.model import Step3p7, StepConfig
@@ -123,6 +124,13 @@ def test_weights_make_up_for_what_was_quantized_before_them(made, data, tmp_path
     ids = read_tokens(data, BUNDLED, CONFIG)
     source, ours, alone = (hidden(folder, ids) for folder in (BUNDLED, made["gptq"], tmp_path / "alone"))
     assert (ours - source).norm() < 0.9 * (alone - source).norm()
+
+
+def test_verify_allows_gptq_what_it_departs_from_the_weights_and_no_more(made):
+    assert verify(made["gptq"], BUNDLED).problems == []
+    above = verify(made["gptq"], BUNDLED, bound=BOUND).problems
+    assert above and all("relative MSE is above 0.0100" in problem for problem in above)
+    assert verify(made["hessian"], BUNDLED).findings.done["e"].startswith("at most 0.0100")
 
 
 def test_input_scales_reach_twice_the_largest_input(made):
