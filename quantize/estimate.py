@@ -126,7 +126,7 @@ def estimate(
     except OSError as e:
         raise CheckpointError(f"{folder}: {e.strerror}") from None
     found = actions(plan)
-    read, quantized = (sum(a.read for a in found if what in ("", a.what)) for what in ("", "quantize"))
+    read, quantized = sum(a.read for a in found), sum(a.read for a in found if a.what == "quantize")
     metadata = plan.metadata
     written = sum(Shard(folder / file, tensors, metadata).size for file, tensors in plan.shards.items())
     return plan, Estimate(read, written, quantized, free, reading, writing, quantizing, one_disk)

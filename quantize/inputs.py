@@ -15,9 +15,9 @@ from .hessian import block_hessians, fitted, products, shrunk
 from .layout import weight_name
 
 GPTQ = "gptq"  # the search whose weights lean on those before them
-HEADROOM = (
-    2.0  # without it a quarter of the layers met larger inputs in other text, by 1.8 at most; it costs no accuracy
-)
+# Other text may hold larger inputs. Up to 16 times too much range costs nothing, half of what is wanted 16 to 39 % of
+# error: block scales have the precision of e4m3 over many octaves, but saturate.
+HEADROOM = 2.0
 
 
 class Inputs:

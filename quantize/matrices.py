@@ -78,16 +78,10 @@ def quantize_piece(weight: Tensor, scale: Tensor, search: str) -> tuple[Tensor, 
         x = rows.float()
         block_scales = nvfp4.search_scales(x, scale, search)
         packed, _ = nvfp4.quantize(x, scale, block_scales)
-        sums.append(squared_error(x, packed, block_scales, scale))
+        sums.append(nvfp4_error(x, packed, block_scales, scale))
         codes.append(packed)
         blocks.append(block_scales.view(torch.uint8))
     return tuple(_to_host(t) for t in (torch.cat(codes), torch.cat(blocks), torch.stack(sums).sum(0)))
-
-
-def squared_error(x: Tensor, codes: Tensor, blocks: Tensor, scale: Tensor) -> Tensor:
-    """f64 [2]: sum((decoded - x)^2) and sum(x^2)."""
-    difference = nvfp4.dequantize(codes, blocks, scale) - x
-    return torch.stack([t.square().sum(dtype=torch.float64) for t in (difference, x)])
 
 
 def piece_bytes(checkpoint: Checkpoint, weight: str) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_checkpoint import TEXT, contents, raw, read, tensors_of, write_source
+from small_checkpoint import BLOCKS_OF_128, TEXT, contents, fp8_and_plain, raw, read, tensors_of, write_source
 from test_model import tokens
 from test_quantize_resume import Killed, killed_at
 from test_verify import edit_json, f32, overwrite
@@ -246,16 +246,8 @@ def test_pieces_of_any_size_and_stopped_runs_give_the_same_bytes(source, rest, t
 def test_fp8_sources_give_the_bytes_of_their_dequantized_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(quantize.matrices, "_PIECE", 1)  # pieces of 128 rows: an intermediate size of 208 has two
     text = TEXT | {"intermediate_size": 208}
-    tensors = tensors_of(text, seed=1)
-    blocks, plain = dict(tensors), dict(tensors)
-    for name in TRUNK:
-        n, k = tensors[name].shape
-        inverse = torch.rand(-(-n // 128), -(-k // 128), generator=torch.Generator().manual_seed(n)) * 1e-3 + 1e-4
-        blocks[name] = (tensors[name].float() * 1000).to(torch.float8_e4m3fn)
-        blocks[f"{name}_scale_inv"] = inverse
-        plain[name] = blocks[name].float() * inverse.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
-    quantization = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    source = write_source(tmp_path / "source", text | quantization, blocks)
+    blocks, plain = fp8_and_plain(tensors_of(text, seed=1), TRUNK)
+    source = write_source(tmp_path / "source", text | BLOCKS_OF_128, blocks)
     assert run(source, tmp_path / "a", REST).problems == []
     run(write_source(tmp_path / "plain", text, plain), tmp_path / "b", REST)
     a, b = read(tmp_path / "a"), read(tmp_path / "b")

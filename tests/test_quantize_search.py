@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from quantize import search as lookup
-from quantize.matrices import quantize_piece, squared_error
-from step_kernels import nvfp4
+from quantize.matrices import quantize_piece
+from step_kernels import nvfp4, nvfp4_error
 
 N, K = 96, 1024  # 6,144 blocks
 
@@ -46,7 +46,7 @@ KINDS = (
 def reference(x: torch.Tensor, scale: torch.Tensor, search: str) -> list[torch.Tensor]:
     scales = nvfp4.search_scales(x, scale, search)
     codes, _ = nvfp4.quantize(x, scale, scales)
-    return [codes, scales.view(torch.uint8), squared_error(x.float(), codes, scales, scale)]
+    return [codes, scales.view(torch.uint8), nvfp4_error.reference(x, codes, scales, scale)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])

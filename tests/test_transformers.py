@@ -301,6 +301,9 @@ def test_other_formats_are_refused():
     with pytest.raises(ValueError, match="got quant_algo MXFP8, wanted NVFP4"):
         layers = {"a": {"quant_algo": "NVFP4"}, "b": {"quant_algo": "MXFP8"}}
         integration.ModelOptConfig(quant_algo="MIXED_PRECISION", quantized_layers=layers)
+    for layers in ({"a": "NVFP4"}, {"a": {}}, {"a": {"quant_algo": ["NVFP4"]}}, ["a"]):
+        with pytest.raises(ValueError, match="quantized_layers: got no quant_algo of a module"):
+            integration.ModelOptConfig(quant_algo="MIXED_PRECISION", quantized_layers=layers)
 
 
 @torch.no_grad()

@@ -149,7 +149,10 @@ class ModelOptConfig(QuantizationConfigMixin):
 
     def __init__(self, quant_algo: str = "NVFP4", ignore: list[str] | None = None, **others):
         layers = others.get("quantized_layers") if quant_algo == "MIXED_PRECISION" else None
-        other = {how["quant_algo"] for how in layers.values()} - {_FP8} if layers else {quant_algo}
+        named = layers.values() if isinstance(layers, dict) else [layers] if layers else []
+        if not all(isinstance(how, dict) and isinstance(how.get("quant_algo"), str) for how in named):
+            raise ValueError("quantization_config: quantized_layers: got no quant_algo of a module, wanted one of each")
+        other = {how["quant_algo"] for how in named} - {_FP8} if layers else {quant_algo}
         if other - {"NVFP4"}:
             raise ValueError(f"quantization_config: got quant_algo {min(other - {'NVFP4'})}, wanted NVFP4")
         self.__dict__.update(others)
