@@ -1,32 +1,35 @@
 // NVFP4 block scales and codes of a weight by the searches of step_kernels/nvfp4.py, with its bits: `max`, `four-six`
 // and `mse`, the best of nine scales around `max`'s. And what they lose: sums of squares.
 //
-// Tile: a thread takes a block of 16 weights, a warp 32 neighbouring blocks, all warps go through the weight in turn.
-// Search: dividing and rounding in f32 for nine scales costs 150 instructions a weight. 16-bit weights have the errors
-// and codes in f16 first, two weights an instruction, 40 instructions a weight, with a bound on what they err: that
-// leaves one scale and no doubt about a code to 88 % of Gaussian blocks. The others wait in a queue of their warp until
-// they are 32, a full warp's work, and are compared in f32 as the specification says, among the scales that are left.
+// Tile: a thread takes a block of 16 weights, a warp 32 neighbouring blocks. One thread block fills a multiprocessor; its
+// warps, which differ in speed, take tiles as they get to them, and load one ahead.
+// Search: dividing and rounding in f32 for nine scales costs 150 instructions a weight. bf16 weights have the errors in
+// f16 first, two weights an instruction, 40 instructions a weight with the codes, and a bound on what the errors err:
+// that leaves one scale to 89 % of Gaussian blocks. The others wait in a queue of their warp until they are 32, a full
+// warp's work; then f32 compares the scales that are left as the specification says. f16 and f32 weights have f32
+// alone.
 // Bytes: of 16 weights 32 (64 in f32) in, 9 out.
 // Waiting: none but a warp's own.
 //
-// Why f16 is enough. With t = weight / scale, t * t is summed as (t - round(t))^2, which as a function of the scale is
-// continuous: rounding changes codes where both are as far away. So an inverse scale that is off by a factor 1 + e
-// moves a sum by 2 e sqrt(sum of errors * sum of squares) at most, and f16's roundings of differences, squares and sums
-// move it by kRounding of itself. What the two smallest sums may err together is kBoth times as much.
+// Why f16 is enough for codes. bf16 numbers are 2^-8 apart, so that a factor of 11 bits is found (`Row`) by which all
+// of them round as the quotients do, but for one mantissa of a scale in 300, whose blocks are left to f32.
+// Why it is enough for errors. With q, the rounded z / scale, the square root of sum (z - q * scale)^2 is a length, and
+// a scale that is off by a factor 1 + e moves it by e |q * scale| at most, which is |z| and that length at most. f16's
+// roundings of differences, squares and sums move the sum by kRounding of itself. What the two smallest sums may err
+// together is kBoth times as much.
 using u8 = unsigned char;
 using u16 = unsigned short;
 
-constexpr int kThreads = 128;  // the launcher's THREADS
-constexpr int kWarps = kThreads / 32;
-constexpr int kErrorBlocks = 4;  // the launcher's ERROR_BLOCKS
+constexpr int kErrorThreads = 128, kErrorBlocks = 4;  // the launcher's ERROR_THREADS and ERROR_BLOCKS
 constexpr int kCandidates = 9;
 constexpr int kLeast = -2;  // the first candidate's offset from `max`'s scale code, the others follow it
 constexpr int kMax = 0, kFourSix = 1, kMse = 2;
+__device__ constexpr int kThreads[] = {1024, 768, 640};  // the launcher's THREADS, as registers allow
 constexpr unsigned kMost = 0x7e;          // e4m3's 448; one more is NaN
-constexpr float kRounding = 0.0049f;      // 2^-11 for each of 8 sums, and twice for the difference that is squared
+constexpr float kRounding = 0.0054f;      // 2^-11 for each of 9 sums, and twice for the difference that is squared
 constexpr float kBoth = 2.05f;
 constexpr float kFloor = 0x1p-11f;        // for f16's subnormals, where all weights lie on the grid
-constexpr unsigned kSteps = 0x61006100u;  // 640 in f16, whose neighbours are 0.5 away: adding it rounds
+constexpr unsigned kSteps = 0x60d060d0u;  // 616 in f16, whose neighbours are 0.5 away: adding it rounds
 
 // --- instructions
 __device__ inline unsigned half2_fma(unsigned a, unsigned b, unsigned c) {
@@ -34,9 +37,15 @@ __device__ inline unsigned half2_fma(unsigned a, unsigned b, unsigned c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
-__device__ inline unsigned bf16_pair_fma(unsigned a, unsigned b, unsigned c) {
+// Two bf16 numbers; -0 becomes 0.
+__device__ inline unsigned plus_zero(unsigned a) {
   unsigned d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(0));
+  return d;
+}
+__device__ inline unsigned half2_add(unsigned a, unsigned b) {
+  unsigned d;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 __device__ inline unsigned half2_mul(unsigned a, unsigned b) {
@@ -59,11 +68,6 @@ __device__ inline unsigned half2_min(unsigned a, unsigned b) {
   asm("min.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
-__device__ inline unsigned half2_abs(unsigned a) {
-  unsigned d;
-  asm("abs.f16x2 %0, %1;" : "=r"(d) : "r"(a));
-  return d;
-}
 __device__ inline unsigned half2_of(float low, float high) {
   unsigned d;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
@@ -82,8 +86,6 @@ __device__ inline float square_root(float a) {
 // The larger of each half as an integer.
 __device__ inline unsigned larger_u16(unsigned a, unsigned b) { return __vmaxu2(a, b); }
 __device__ inline unsigned bytes(unsigned a, unsigned b, unsigned which) { return __byte_perm(a, b, which); }
-// a, one bit up, with the sign of b below.
-__device__ inline unsigned shifted_in(unsigned a, float b) { return __funnelshift_l(__float_as_uint(b), a, 1); }
 // The larger of the two, into *a; of numbers from 0 on, whose bits are ordered as they are.
 __device__ inline void raise(float* a, float b) { atomicMax(reinterpret_cast<unsigned*>(a), __float_as_uint(b)); }
 // --- arithmetic
@@ -95,23 +97,12 @@ struct Bf16 {
   static __device__ float at(const u8* x, long long i) { return low(reinterpret_cast<const u16*>(x)[i]); }
   static __device__ float low(unsigned pair) { return __uint_as_float(pair << 16); }
   static __device__ float high(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
-  // Two magnitudes over 2^exponent in f16, by moving their bits; below 2^-14 to something as small.
-  static __device__ unsigned over_power(unsigned pair, int exponent) {
-    const unsigned zero = max(exponent + 112, 0) * 0x00800080u;  // the bits that become f16's zero
-    return (larger_u16(pair, zero) - zero) << 3;
-  }
-  static __device__ unsigned plus_zero(unsigned pair) { return bf16_pair_fma(pair, 0x3f803f80u, 0); }
 };
 struct F16 {
   static constexpr int kBytes = 2;
   static __device__ float at(const u8* x, long long i) { return low(reinterpret_cast<const u16*>(x)[i]); }
   static __device__ float low(unsigned pair) { return half_float(pair & 0xffff); }
   static __device__ float high(unsigned pair) { return half_float(pair >> 16); }
-  static __device__ unsigned over_power(unsigned pair, int exponent) {
-    const float factor = __uint_as_float((127 - exponent) << 23);
-    return half2_of(low(pair) * factor, high(pair) * factor);
-  }
-  static __device__ unsigned plus_zero(unsigned pair) { return half2_fma(pair, 0x3c003c00u, 0); }
 };
 struct F32 {
   static constexpr int kBytes = 4;
@@ -167,9 +158,6 @@ __device__ inline unsigned candidate(unsigned first, int i) {
   const int offset = (i > 4 ? i : 0x04132 >> 4 * i & 7) + kLeast;
   return min(max(static_cast<int>(first) + offset, 1), static_cast<int>(kMost));
 }
-__device__ constexpr int order(int offset) {
-  return offset > 2 ? offset + 2 : offset > 0 ? 2 * offset - 1 : -2 * offset;
-}
 
 // Whether the quick ways may be used: no product with a scale code leaves f32's normal numbers.
 __device__ inline bool usual(float outer) { return outer >= 0x1p-60f && outer <= 1.0f; }
@@ -199,21 +187,21 @@ __device__ inline unsigned encode_e2m1(float t) {
   return (__float_as_uint(steps) + (__float_as_uint(power) >> 22) + 2) & 7;
 }
 
-// A block as the specification has it; `mask` has the candidates that may win, as bits in the order of ties.
-// This one for weights and global scales within `divide`'s bounds; x and amax are sizes, `negative` has the signs.
+// A block as the specification has it. This one for weights and global scales within `divide`'s bounds; x and amax are
+// sizes, `negative` has the signs.
 template <int kSearch>
 __device__ inline void usual_block(const float (&x)[16], unsigned negative, float amax, uint2* codes, u8* scales,
-                                   unsigned block, unsigned mask, float outer) {
+                                   unsigned block, float outer) {
   unsigned best = first_code(amax, 1.0f, outer);
   if constexpr (kSearch != kMax) {
+    constexpr int kCount = kSearch == kMse ? kCandidates : 2;
     const unsigned first = best, second = kSearch == kFourSix ? first_code(amax, 1.5f, outer) : 0;
     float y[16], least = 0;
     const float inverse = __fdiv_rn(1.0f, outer);
 #pragma unroll
     for (int k = 0; k < 16; ++k) y[k] = divide(x[k], outer, inverse);
 #pragma unroll 1
-    for (bool any = false; mask; mask &= mask - 1, any = true) {
-      const int i = __ffs(mask) - 1;
+    for (int i = 0; i < kCount; ++i) {
       const unsigned code = kSearch == kMse ? candidate(first, i) : i ? second : first;
       const float scale = e4m3_value(code), d = __fmul_rn(scale, outer), r = __fdiv_rn(1.0f, d);
       float total = 0;
@@ -223,7 +211,7 @@ __device__ inline void usual_block(const float (&x)[16], unsigned negative, floa
         const float error = __fsub_rn(__fmul_rn(rounded, scale), y[k]), squared = __fmul_rn(error, error);
         total = k ? __fadd_rn(total, squared) : squared;
       }
-      if (!any || total < least) best = code, least = total;
+      if (i == 0 || total < least) best = code, least = total;
     }
   }
   const float d = __fmul_rn(e4m3_value(best), outer), r = __fdiv_rn(1.0f, d);
@@ -239,15 +227,15 @@ __device__ inline void usual_block(const float (&x)[16], unsigned negative, floa
 // And this one for any others: NaN, quotients that overflow or are subnormal.
 template <typename Input, int kSearch>
 __device__ inline void unusual_block(const u8* weight, float amax, uint2* codes, u8* scales, unsigned block,
-                                     unsigned mask, float outer) {
+                                     float outer) {
   const long long from = 16ll * block;
   unsigned best = first_code(amax, 1.0f, outer);
   if constexpr (kSearch != kMax) {
+    constexpr int kCount = kSearch == kMse ? kCandidates : 2;
     const unsigned first = best, second = kSearch == kFourSix ? first_code(amax, 1.5f, outer) : 0;
     float least = 0;
 #pragma unroll 1
-    for (bool any = false; mask; mask &= mask - 1, any = true) {
-      const int i = __ffs(mask) - 1;
+    for (int i = 0; i < kCount; ++i) {
       const unsigned code = kSearch == kMse ? candidate(first, i) : i ? second : first;
       const float scale = e4m3_value(code), d = __fmul_rn(scale, outer);
       float total = 0;
@@ -259,7 +247,7 @@ __device__ inline void unusual_block(const u8* weight, float amax, uint2* codes,
         const float squared = __fmul_rn(error, error);
         total = k ? __fadd_rn(total, squared) : squared;
       }
-      if (!any || total < least) best = code, least = total;
+      if (i == 0 || total < least) best = code, least = total;
     }
   }
   const float d = __fmul_rn(e4m3_value(best), outer);
@@ -275,8 +263,7 @@ __device__ inline void unusual_block(const u8* weight, float amax, uint2* codes,
 }
 
 template <typename Input, int kSearch>
-__device__ inline void exact_block(const u8* weight, uint2* codes, u8* scales, unsigned block, unsigned mask,
-                                   float outer) {
+__device__ inline void exact_block(const u8* weight, uint2* codes, u8* scales, unsigned block, float outer) {
   float x[16];
   load<Input>(x, weight, block);
   unsigned top = 0, negative = 0;  // as an integer NaN is the largest
@@ -290,233 +277,372 @@ __device__ inline void exact_block(const u8* weight, uint2* codes, u8* scales, u
   }
   const float amax = __uint_as_float(top);
   if (!tiny && amax < 0x1p40f && usual(outer)) {
-    usual_block<kSearch>(x, negative, amax, codes, scales, block, mask, outer);
+    usual_block<kSearch>(x, negative, amax, codes, scales, block, outer);
   } else {
-    unusual_block<Input, kSearch>(weight, amax, codes, scales, block, mask, outer);
+    unusual_block<Input, kSearch>(weight, amax, codes, scales, block, outer);
   }
 }
 
-// What the candidates around a scale code have in common for all blocks whose code has the same mantissa. In units of
-// 2^exponent of the code and of outer a scale is 0.8 to 3.3, and t = weight / (scale * outer) = z * inverse, where
-// z = weight / 16.
+// What the candidates around a scale code have in common for all blocks whose code has the same mantissa: in units of
+// 2^exponent of the code and of outer, a scale is 0.8 to 6.5, z = weight is 24 at most and t = z / scale.
 struct __align__(16) Row {
-  unsigned inverse[kCandidates];     // f16 twice, as all unsigned here
-  unsigned octave[kCandidates / 3];  // z * octave is 2^-14 where steps of t grow from 0.5 to 1
-  unsigned rest[kCandidates];        // what inverse lacks
-  unsigned six[kCandidates];         // z of t = 6
-  float weight[kCandidates];         // squared scale; infinite for a scale beyond e4m3
-  float off;                         // the most that an inverse is off, as a factor
+  unsigned inverse[kCandidates];     // f16 twice, as all unsigned here but `unfit`; z * inverse rounds as t but at ties
+  unsigned scale[kCandidates];       // negative; far too large for one beyond e4m3
+  unsigned first[kCandidates];       // z * first, to f16, * second has the code of t, ties too
+  unsigned second[kCandidates];
+  unsigned octave[kCandidates / 3];  // z * octave is 1024 or a little more where steps of t grow from 0.5 to 1
+  unsigned least;                    // z * octave is 512 or more from here on
+  unsigned most;                     // up to here t is 6.9, of the second candidate 5.9
   unsigned steps;                    // kSteps, which the compiler may not know: `and`, `or` of two constants take two
-  unsigned unused[3];                // the first eight rows begin in different 16 bytes of 128: no bank conflicts
+  float off;                         // the most that a scale is off, as a factor
+  unsigned unfit;                    // candidates, as bits, for which there is no such product
+  unsigned unused[24];               // the first eight rows begin in different 16 bytes of 128: no bank conflicts
 };
 constexpr int kRows = 8 + 6;  // a row for each mantissa; one for each of the six largest codes
 
 __device__ inline int row_of(unsigned first) { return first > kMost - 6 ? first - (kMost - 6) + 7 : first & 7; }
 
-__device__ inline void fill_row(Row* rows, int thread, float outer_mantissa) {
+// Which of the bf16 numbers z next to each tie have a quotient above it, as bits; << 8 those for which it is the tie.
+// Other z are on their own side whatever the quotient's last bits, ties times a power of two go to an even code on the
+// same side.
+template <typename Quotient>
+__device__ inline unsigned sides(float d, Quotient quotient) {
+  unsigned above = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float tie = 0.25f + 0.5f * (i / 2);
+    const float t = quotient(__uint_as_float((__float_as_uint(tie * d) & 0xffff0000u) + i % 2 * 0x10000));
+    above |= (t > tie || (t == tie && i / 2 % 2) ? 1u : 0u) << i;
+    above |= (fabsf(t - tie) < 0x1p-20f ? 0x100u : 0u) << i;
+  }
+  return above;
+}
+
+// The inverse nearest to a scale's, the one above, the one below: each by itself, and rounding before.
+constexpr int kTries = 6;
+__device__ inline unsigned tried_inverse(unsigned nearest, int tried) {
+  return nearest + (tried / 2 == 1 ? 0x00010001u : tried / 2 == 2 ? 0xfffeffffu : 0);
+}
+
+// Bits of `fits`, of a mantissa: that z times an inverse rounds as t but at ties, and << kTries that it does so there.
+__device__ inline void try_inverse(unsigned* fits, int thread, float outer_mantissa) {
+  const int mantissa = thread / kTries, tried = thread % kTries;
+  const float d = __fmul_rn(1.0f + mantissa * 0.125f, outer_mantissa), inverse = __fdiv_rn(1.0f, d);
+  const float factor = half_float(tried_inverse(half2_of(inverse, inverse), tried) & 0xffff);
+  const unsigned wanted = sides(d, [=](float z) { return divide(z, d, inverse); });
+  const unsigned got = sides(d, [=](float z) {
+    const float product = z * factor;  // exact, of 8 and 11 bits
+    return tried % 2 ? half_float(half2_of(product, product) & 0xffff) : product;
+  });
+  const unsigned wrong = (got ^ wanted) & 0xff;
+  const bool rounds = tried % 2 == 0 && (wrong & ~(wanted >> 8)) == 0;
+  atomicOr(&fits[mantissa], (rounds ? 1u << tried : 0) | (wrong ? 0 : 1u << (kTries + tried)));
+}
+
+__device__ inline void fill_row(Row* rows, const unsigned* fits, int thread, float outer_mantissa) {
   const int at = thread / kCandidates, i = thread % kCandidates;
   Row& row = rows[at];
   const int mantissa = at < 8 ? at : at - 7, position = mantissa + i + kLeast;
   const float scale = position >= 8 ? position * 0.25f : 1.0f + position * (position < 0 ? 0.0625f : 0.125f);
-  const float d = __fmul_rn(scale, outer_mantissa), inverse = __fdiv_rn(16.0f, d);
-  row.inverse[i] = half2_of(inverse, inverse);
-  const float kept = half_float(row.inverse[i] & 0xffff), rest = __fdiv_rn(__fmaf_rn(-kept, d, 16.0f), d);
-  row.rest[i] = half2_of(rest, rest);
-  row.six[i] = half2_of(d * 0.375f, d * 0.375f);
-  row.weight[i] = at >= 8 && at + i + kLeast > 8 + 5 ? __uint_as_float(0x7f800000u) : scale * scale;
-  // Steps of t may grow anywhere from 1.75 to 2.25 and from 3.5 to 4.5: there both roundings agree. So one place, 1.984
-  // and 3.968 for the middle one, serves three candidates, which are at most 9/8 of it and 8/9.
-  if (i % 3 == 1) row.octave[i / 3] = half2_of(inverse * (1.008f * 0x1p-15f), inverse * (1.008f * 0x1p-15f));
+  const float d = __fmul_rn(scale, outer_mantissa), inverse = __fdiv_rn(1.0f, d);
+  const unsigned nearest = half2_of(inverse, inverse), one = 0x3c003c00u, fit = fits[position & 7];
+  const int rounds = __ffs(fit & ((1 << kTries) - 1)) - 1, encodes = __ffs(fit >> kTries) - 1;  // -1: none
+  const unsigned factor = tried_inverse(nearest, encodes);
+  row.inverse[i] = tried_inverse(nearest, rounds);
+  row.first[i] = encodes % 2 ? factor : one;
+  row.second[i] = encodes % 2 ? one : factor;
+  const bool beyond = at >= 8 && at + i + kLeast > 8 + 5;
+  row.scale[i] = beyond ? 0xe400e400u : half2_of(-d, -d);
+  float off = beyond ? 0 : fabsf(half_float(row.scale[i] & 0xffff) + d) * inverse;
+  if (rounds < 0) off += 2.0f * fabsf(half_float(nearest & 0xffff) - inverse) * d;  // some t to the next but one
+  if (encodes < 0) atomicOr(&row.unfit, 1u << i);
+  raise(&row.off, off * 1.01f + 0x1p-20f);
+  // Steps of t may grow anywhere from 1.75 to 2.25 and from 3.5 to 4.5: there both roundings agree. So one place serves
+  // three candidates: 1.984 for the middle one, or the bf16 number next to it. No z below has a sum beyond 1024.
+  if (i % 3 == 1) {
+    const float grow = __uint_as_float((__float_as_uint(1.984f * d) + 0x8000u) & 0xffff0000u);
+    const float octave = __fdiv_rn(1025.0f, grow);
+    row.octave[i / 3] = half2_of(octave, octave);
+    if (i == 7) row.least = half2_of(0.52f * grow, 0.52f * grow);
+  }
+  if (i == 0) row.most = half2_of(6.9f * d, 6.9f * d);
   row.steps = kSteps;
-  raise(&row.off, fabsf(rest) * d * (1.01f / 16.0f) + 0x1p-20f);
 }
 
-// 16 magnitudes z -> the sum of (t - round(t))^2, in f16. `magic`: 640 where steps are 0.5, 1280 and 2560 for 1 and 2.
-template <bool kClip>
-__device__ inline float quick_error(const unsigned (&z)[8], const unsigned (&magic)[8], unsigned inverse) {
+// Sizes of 16 bf16 weights, `top` the largest; their signs in bits 7, 15, 23 and 31 of a word, a 0 has none.
+__device__ inline void take_apart(const unsigned (&pairs)[8], unsigned (&sizes)[8], unsigned (&signs)[4],
+                                  unsigned& top) {
+  top = 0;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    sizes[k] = pairs[k] & 0x7fff7fffu;
+    top = larger_u16(top, sizes[k]);
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) signs[k] = bytes(plus_zero(pairs[2 * k]), plus_zero(pairs[2 * k + 1]), 0x7531);
+}
+
+// bf16 sizes -> z, f16: over 2^exponent, by moving bits; below 2^-14 zero.
+__device__ inline void scale_sizes(unsigned (&z)[8], const unsigned (&sizes)[8], int exponent) {
+  const unsigned zero = max(exponent + 112, 0) * 0x00800080u;  // the bits that become f16's zero
+#pragma unroll
+  for (int k = 0; k < 8; ++k) z[k] = (larger_u16(sizes[k], zero) << 3) - (zero << 3);
+}
+
+__device__ inline int exponent_of(unsigned first, float outer) {
+  return static_cast<int>((__float_as_uint(outer) >> 23) + (first >> 3)) - 127 - 7;
+}
+
+// 16 sizes z -> the sum of (z - scale * round(t))^2 over even and over odd ones, in f16. `clipped`: z, or less where t
+// is above 7; `magic`: a number whose neighbours are as far away as t's steps are wide.
+__device__ inline unsigned quick_error(const unsigned (&z)[8], const unsigned (&clipped)[8],
+                                       const unsigned (&magic)[8], const Row& row, int i) {
+  const unsigned inverse = row.inverse[i], scale = row.scale[i];
   unsigned total = 0;
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
-    unsigned negative = half2_sub(magic[k], half2_fma(z[k], inverse, magic[k]));
-    if (kClip) negative = half2_max(negative, 0xc600c600u);  // -6
-    const unsigned difference = half2_fma(z[k], inverse, negative);
+    const unsigned rounded = half2_sub(half2_fma(clipped[k], inverse, magic[k]), magic[k]);
+    const unsigned difference = half2_fma(rounded, scale, z[k]);
     total = half2_fma(difference, difference, total);
   }
-  return halves_sum(total);
+  return total;
 }
 
-__device__ inline unsigned magic_of(unsigned z, unsigned octave, unsigned steps) {
-  return (half2_mul(z, octave) & 0x7c007c00u) | steps;
+__device__ inline unsigned both_sums(unsigned a, unsigned b) {
+  return half2_add(bytes(a, b, 0x5410), bytes(a, b, 0x7632));
 }
 
-// The candidates that may have the least error, as bits in the order of ties. `offset`: of four-six's second scale.
-template <int kSearch>
-__device__ inline unsigned contenders(const unsigned (&z)[8], const Row& row, float outer_mantissa, int offset) {
-  constexpr int kCount = kSearch == kMse ? kCandidates : 2;
-  float error[kCount];  // in the order of ties
-  unsigned magic[8];
-  const unsigned steps = row.steps;
-  if constexpr (kSearch == kMse) {
-#pragma unroll
-    for (int group = 0; group < kCandidates / 3; ++group) {
-#pragma unroll
-      for (int k = 0; k < 8; ++k) magic[k] = magic_of(z[k], row.octave[group], steps);
-#pragma unroll
-      for (int i = 3 * group; i < 3 * group + 3; ++i) {  // scales from `max`'s on keep t below 7
-        const float sum = i + kLeast < 0 ? quick_error<true>(z, magic, row.inverse[i])
-                                         : quick_error<false>(z, magic, row.inverse[i]);
-        error[order(i + kLeast)] = sum * row.weight[i];
-      }
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const unsigned inverse = row.inverse[i ? offset - kLeast : -kLeast], octave = half2_mul(inverse, 0x02000200u);
-#pragma unroll
-      for (int k = 0; k < 8; ++k) magic[k] = magic_of(z[k], octave, steps);
-      error[i] = quick_error<false>(z, magic, inverse) * row.weight[i ? offset - kLeast : -kLeast];
-    }
-  }
+// The largest error sum of a candidate that may still have the least.
+__device__ inline float error_limit(float least, const unsigned (&z)[8], float off) {
   unsigned squares = 0;
 #pragma unroll
   for (int k = 0; k < 8; ++k) squares = half2_fma(z[k], z[k], squares);
-  const float size = halves_sum(squares) * (258.0f / (outer_mantissa * outer_mantissa));
-  float least = error[0];
-#pragma unroll
-  for (int i = 1; i < kCount; ++i) least = fminf(least, error[i]);
-  const float shift = 2.0f * row.off * square_root(least * size);
-  const float limit = least + kBoth * (kRounding * least + shift) + 16.0f * row.off * row.off * size + kFloor;
-  unsigned beyond = ~0u;
-#pragma unroll
-  for (int i = kCount - 1; i >= 0; --i) beyond = shifted_in(beyond, limit - error[i]);  // its sign
-  return ~beyond;
+  const float size = halves_sum(squares) * 1.006f, shift = 4.2f * off;
+  const float moved = shift * (least + square_root(least * size) + off * size);
+  return least * (1.0006f + kBoth * kRounding) + moved + kFloor;  // 2^-11 more for its own rounding to f16
 }
 
-// Codes of 16 weights whose scale is the row's candidate i, or false: a weight is so near a tie that f16 cannot tell.
-template <typename Input>
-__device__ inline bool quick_codes(const unsigned (&pairs)[8], const unsigned (&z)[8], const Row& row, int i,
-                                   uint2* to) {
-  const unsigned inverse = row.inverse[i], rest = row.rest[i], six = row.six[i], steps = row.steps;
-  const unsigned octave = half2_mul(inverse, 0x02000200u);  // 2^-15
-  unsigned near = 0xbc00bc00u, half[4];
+// The candidates that may have the least error, as bits.
+__device__ inline unsigned contenders(const unsigned (&z)[8], const Row& row) {
+  unsigned floored[8], clipped[8], magic[8], error[kCandidates], pair[5];
 #pragma unroll
-  for (int k = 0; k < 8; k += 2) {
+  for (int k = 0; k < 8; ++k) floored[k] = half2_max(z[k], row.least), clipped[k] = half2_min(z[k], row.most);
+#pragma unroll
+  for (int i = 0; i < kCandidates; ++i) {
+    if (i % 3 == 0) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) magic[k] = half2_mul(floored[k], row.octave[i / 3]);
+    }
+    // Scales from `max`'s on keep t below 7.
+    error[i] = i + kLeast < 0 ? quick_error(z, clipped, magic, row, i) : quick_error(z, z, magic, row, i);
+  }
+  pair[4] = both_sums(error[4], 0x7c007c00u);
+  unsigned least = pair[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    pair[i] = both_sums(error[i], error[i + 5]);
+    least = half2_min(least, pair[i]);
+  }
+  const float limit = error_limit(fminf(half_float(least & 0xffff), half_float(least >> 16)), z, row.off);
+  const unsigned most = half2_of(limit, limit);
+  unsigned beyond = 0;
+#pragma unroll
+  for (int i = 0; i < 5; ++i) beyond = beyond >> 1 | (half2_sub(most, pair[i]) & 0x80008000u);
+  return (~beyond >> 11 & 0x1f) | (~beyond >> 22 & 0x3e0);
+}
+
+// As `contenders`, of candidates `a` and `b` alone.
+__device__ inline unsigned contenders_of_two(const unsigned (&z)[8], const Row& row, int a, int b) {
+  float error[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int at = i ? b : a;
+    unsigned magic[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) magic[k] = half2_mul(half2_max(z[k], row.least), row.octave[i ? at / 3 : 0]);
+    error[i] = halves_sum(quick_error(z, z, magic, row, at));
+  }
+  const float limit = error_limit(fminf(error[0], error[1]), z, row.off);
+  return (error[0] <= limit ? 1u << a : 0) | (error[1] <= limit ? 1u << b : 0);
+}
+
+// 616 where t's steps are 0.5, 1232 and 2464 for 1 and 2.
+__device__ inline unsigned magic_of(unsigned z, unsigned inverse, unsigned steps) {
+  const unsigned octave = half2_mul(inverse, 0x02000200u);  // 2^-15
+  return (half2_mul(z, octave) & 0x7c007c00u) | steps;
+}
+
+// Codes of 16 weights for the row's candidate i, which must fit.
+__device__ inline uint2 quick_codes(const unsigned (&signs)[4], const unsigned (&z)[8], const Row& row, int i) {
+  const unsigned inverse = row.inverse[i], first = row.first[i], second = row.second[i], steps = row.steps;
+  const unsigned six = half2_mul(row.scale[i], 0xc600c600u);
+  unsigned half[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
     unsigned code[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const unsigned size = half2_min(z[k + j], six), magic = magic_of(size, octave, steps);
-      const unsigned sum = half2_fma(size, inverse, magic), negative = half2_sub(magic, sum);
-      const unsigned difference = half2_fma(size, rest, half2_fma(size, inverse, negative));
-      // Ties are magic / 2560 away; a 256th less is four times what the difference may err.
-      near = half2_max(near, half2_fma(magic, 0x8e608e60u, half2_abs(difference)));
-      code[j] = sum + (magic >> 9);  // the low bits count steps; two codes are skipped for each doubling
+      const unsigned size = half2_min(z[2 * k + j], six), magic = magic_of(size, inverse, steps);
+      // The low byte counts steps from -48 on; `magic` >> 9 is 48 there, and two more for each doubling of the step.
+      code[j] = half2_fma(half2_mul(size, first), second, magic) + (magic >> 9);
     }
-    const unsigned a = Input::plus_zero(pairs[k]), b = Input::plus_zero(pairs[k + 1]);  // the code of -0 has no sign
-    const unsigned four = (bytes(code[0], code[1], 0x6420) & 0x07070707u) | (bytes(a, b, 0x7531) >> 4 & 0x08080808u);
-    half[k / 2] = four + (four >> 4);  // codes 0 and 1 in byte 0, 2 and 3 in byte 2
+    const unsigned four = bytes(code[0], code[1], 0x6420) | (signs[k] >> 4 & 0x08080808u);
+    half[k] = four + (four >> 4);  // codes 0 and 1 in byte 0, 2 and 3 in byte 2
   }
-  *to = make_uint2(bytes(half[0], half[1], 0x6420), bytes(half[2], half[3], 0x6420));
-  return (~near & 0x80008000u) == 0;
+  return make_uint2(bytes(half[0], half[1], 0x6420), bytes(half[2], half[3], 0x6420));
 }
 
-// Finishes a block if f16 can tell its best scale and codes, and gives 0; or gives the candidates that may be the best.
-template <typename Input, int kSearch>
-__device__ unsigned quick_block(const u8* weight, uint2* codes, u8* scales, unsigned block, const Row* rows,
-                                float outer, float outer_mantissa, float six_outer, float inverse_six_outer) {
+__device__ inline unsigned code_of(unsigned first, int i) { return min(first + i - 2, kMost); }
+
+__device__ inline void load_pairs(unsigned (&pairs)[8], const u8* weight, unsigned block) {
   const uint4* from = reinterpret_cast<const uint4*>(weight) + 2ll * block;
   const uint4 a = from[0], b = from[1];
-  const unsigned pairs[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-  unsigned z[8], top = 0;
+  const unsigned words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    z[k] = pairs[k] & 0x7fff7fffu;
-    top = larger_u16(top, z[k]);
-  }
+  for (int k = 0; k < 8; ++k) pairs[k] = words[k];
+}
+
+constexpr unsigned kExactly = ~0u;
+
+// Finishes a block if f16 can tell its best scale, and gives 0. Or gives the candidates that may be the best as bits,
+// and the first one's code << 16; or kExactly.
+template <int kSearch>
+__device__ unsigned quick_block(const unsigned (&sizes)[8], const unsigned (&signs)[4], unsigned top, uint2* codes,
+                                u8* scales, unsigned block, const Row* rows, float outer, float six_outer,
+                                float inverse_six_outer) {
   if (top == 0) {
     codes[block] = make_uint2(0, 0);
     scales[block] = 0x38;  // 1
     return 0;
   }
-  constexpr unsigned kAll = kSearch == kMax ? 1 : kSearch == kFourSix ? 3 : (1 << kCandidates) - 1;
-  const float amax = Input::low(max(top & 0xffff, top >> 16));
+  const float amax = Bf16::low(max(top & 0xffff, top >> 16));
   const float scale = divide(amax, six_outer, inverse_six_outer);
   // Scales below 10's have candidates that are subnormal; far above 448 weights clip. NaN is neither.
-  if (!(amax > 0x1p-80f && scale >= 1.2f * 0x1p-6f && scale <= 460.0f)) return kAll;
+  if (!(amax > 0x1p-80f && scale >= 1.2f * 0x1p-6f && scale <= 460.0f)) return kExactly;
   const unsigned first = normal_e4m3_code(fminf(scale, 448.0f));
-  if (first < 10) return kAll;
+  if (first < 10) return kExactly;
 
-  // z = weight / 2^(4 + exponents of the code and of outer): at most 1.7, and t = 6 has z of 0.3 or more.
-  const int exponent = static_cast<int>((__float_as_uint(outer) >> 23) + (first >> 3)) - 127 - 7 + 4;
-#pragma unroll
-  for (int k = 0; k < 8; ++k) z[k] = Input::over_power(z[k], exponent);
+  unsigned z[8];
+  scale_sizes(z, sizes, exponent_of(first, outer));
   const Row& row = rows[row_of(first)];
-  unsigned code = first, mask = 1;
-  if constexpr (kSearch == kMse) {
-    mask = contenders<kMse>(z, row, outer_mantissa, 0);
-    code = candidate(first, __ffs(mask) - 1);
-  }
+  unsigned mask = 1 << -kLeast;
+  if constexpr (kSearch == kMse) mask = contenders(z, row);
   if constexpr (kSearch == kFourSix) {
     const unsigned second = normal_e4m3_code(fminf(divide(1.5f * amax, six_outer, inverse_six_outer), 448.0f));
-    mask = contenders<kFourSix>(z, row, outer_mantissa, second - first);
-    if (mask == 2) code = second;
+    mask = contenders_of_two(z, row, -kLeast, static_cast<int>(second - first) - kLeast);
   }
-  const int i = static_cast<int>(code - first) - kLeast;
-  uint2 packed;
-  if (mask & (mask - 1) || !quick_codes<Input>(pairs, z, row, i, &packed)) return mask;
-  codes[block] = packed;
-  scales[block] = code;
+  if (mask & row.unfit) return kExactly;
+  if (mask & (mask - 1)) return first << 16 | mask;
+  const int i = __ffs(mask) - 1;
+  codes[block] = quick_codes(signs, z, row, i);
+  scales[block] = code_of(first, i);
   return 0;
+}
+
+// Finishes a block whose best scale is one of several: their errors as the specification has them.
+__device__ inline void contended_block(const u8* weight, uint2* codes, u8* scales, unsigned block, unsigned first,
+                                       unsigned mask, const Row* rows, float outer, float inverse_outer) {
+  unsigned pairs[8], sizes[8], signs[4], top, z[8];
+  load_pairs(pairs, weight, block);
+  take_apart(pairs, sizes, signs, top);
+  scale_sizes(z, sizes, exponent_of(first, outer));
+  const Row& row = rows[row_of(first)];
+  const unsigned steps = row.steps;
+  float y[16], least = 0;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    y[2 * k] = divide(Bf16::low(sizes[k]), outer, inverse_outer);
+    y[2 * k + 1] = divide(Bf16::high(sizes[k]), outer, inverse_outer);
+  }
+  int best = -1;
+#pragma unroll 1
+  for (; mask; mask &= mask - 1) {
+    const int i = __ffs(mask) - 1;
+    const unsigned inverse = row.inverse[i], first_factor = row.first[i], second = row.second[i];
+    const float scale = e4m3_value(code_of(first, i));
+    float total = 0;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const unsigned magic = magic_of(z[k], inverse, steps), t = half2_mul(z[k], first_factor);
+      const unsigned rounded = half2_min(half2_sub(half2_fma(t, second, magic), magic), 0x46004600u);
+      // The products are exact.
+      const float low = __fmaf_rn(half_float(rounded & 0xffff), scale, -y[2 * k]);
+      const float high = __fmaf_rn(half_float(rounded >> 16), scale, -y[2 * k + 1]);
+      const float squared = __fmul_rn(low, low);
+      total = __fadd_rn(k ? __fadd_rn(total, squared) : squared, __fmul_rn(high, high));
+    }
+    // Of equals offset -2 comes after -1 to 2 and -1 after 0 and 1.
+    if (best < 0 || total < least || (total == least && best < 2 && i < 5 - best)) best = i, least = total;
+  }
+  codes[block] = quick_codes(signs, z, row, best);
+  scales[block] = code_of(first, best);
 }
 
 template <typename Input, int kSearch>
 __device__ void search_exactly(const u8* weight, const float* global_scale, uint2* codes, u8* scales, unsigned blocks) {
   const float outer = *global_scale;
-  const unsigned all = kSearch == kMax ? 1u : kSearch == kFourSix ? 3u : (1u << kCandidates) - 1;
-  for (unsigned block = blockIdx.x * kThreads + threadIdx.x; block < blocks; block += gridDim.x * kThreads) {
-    exact_block<Input, kSearch>(weight, codes, scales, block, all, outer);
+  const unsigned step = gridDim.x * kThreads[kSearch];
+  for (unsigned block = blockIdx.x * kThreads[kSearch] + threadIdx.x; block < blocks; block += step) {
+    exact_block<Input, kSearch>(weight, codes, scales, block, outer);
   }
 }
 
-template <typename Input, int kSearch>
+template <int kSearch>
 __device__ void search_quickly(const u8* weight, const float* global_scale, uint2* codes, u8* scales, unsigned blocks) {
+  constexpr unsigned kWarps = kThreads[kSearch] / 32;
   __shared__ Row rows[kRows];
-  __shared__ uint2 queues[kWarps][64];  // block, candidates
+  __shared__ unsigned fits[8], taken;   // tiles taken by the thread block's warps
+  __shared__ uint2 queues[kWarps][64];  // block, what quick_block gave
   const float outer = *global_scale;
   if (!usual(outer)) {
-    search_exactly<Input, kSearch>(weight, global_scale, codes, scales, blocks);
+    search_exactly<Bf16, kSearch>(weight, global_scale, codes, scales, blocks);
     return;
   }
-  if (threadIdx.x < kRows) rows[threadIdx.x].off = 0;
-  __syncthreads();
+  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = (blocks + 31) / 32;
+  unsigned tile = warp * gridDim.x + blockIdx.x, next = tile + kWarps * gridDim.x, pairs[8];
+  if (tile * 32 + lane < blocks) load_pairs(pairs, weight, tile * 32 + lane);
+  if (threadIdx.x == 0) taken = 2 * kWarps;
   const float outer_mantissa = __uint_as_float((__float_as_uint(outer) & 0x7fffffu) | 0x3f800000u);
-  if (threadIdx.x < kRows * kCandidates) fill_row(rows, threadIdx.x, outer_mantissa);
+  if (threadIdx.x < kRows) rows[threadIdx.x].off = 0, rows[threadIdx.x].unfit = 0;
+  if (threadIdx.x < 8) fits[threadIdx.x] = 0;
+  __syncthreads();
+  if (threadIdx.x < 8 * kTries) try_inverse(fits, threadIdx.x, outer_mantissa);
+  __syncthreads();
+  if (threadIdx.x < kRows * kCandidates) fill_row(rows, fits, threadIdx.x, outer_mantissa);
   __syncthreads();
 
   const float six_outer = __fmul_rn(6.0f, outer), inverse_six_outer = __fdiv_rn(1.0f, six_outer);
-  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const float inverse_outer = __fdiv_rn(1.0f, outer);
   uint2* queue = queues[warp];
   unsigned waiting = 0;
-  for (unsigned begin = (blockIdx.x * kWarps + warp) * 32; begin < blocks; begin += gridDim.x * kThreads) {
-    const unsigned block = begin + lane;
-    unsigned mask = 0;
+  while (tile < tiles) {
+    const unsigned block = tile * 32 + lane;
+    unsigned sizes[8], signs[4], top, left = 0, behind = 0;
+    if (lane == 0) behind = atomicAdd(&taken, 1);
+    take_apart(pairs, sizes, signs, top);
+    if (next * 32 + lane < blocks) load_pairs(pairs, weight, next * 32 + lane);
     if (block < blocks) {
-      mask = quick_block<Input, kSearch>(weight, codes, scales, block, rows, outer, outer_mantissa, six_outer,
-                                         inverse_six_outer);
+      left = quick_block<kSearch>(sizes, signs, top, codes, scales, block, rows, outer, six_outer, inverse_six_outer);
     }
-    const unsigned left = __ballot_sync(~0u, mask != 0);
-    if (mask) queue[waiting + __popc(left & ((1u << lane) - 1))] = make_uint2(block, mask);
-    waiting += __popc(left);
-    const bool last = blocks - begin <= gridDim.x * kThreads;
+    const unsigned lanes = __ballot_sync(~0u, left != 0);
+    if (left) queue[waiting + __popc(lanes & ((1u << lane) - 1))] = make_uint2(block, left);
+    waiting += __popc(lanes);
+    const bool last = next >= tiles;
     __syncwarp();
     while (waiting >= 32 || (last && waiting)) {
       const unsigned now = min(waiting, 32u);
       waiting -= now;
       if (lane < now) {
         const uint2 item = queue[waiting + lane];
-        exact_block<Input, kSearch>(weight, codes, scales, item.x, item.y, outer);
+        if (kSearch == kMax || item.y == kExactly) {
+          exact_block<Bf16, kSearch>(weight, codes, scales, item.x, outer);
+        } else {
+          contended_block(weight, codes, scales, item.x, item.y >> 16, item.y & 0xffff, rows, outer, inverse_outer);
+        }
       }
       __syncwarp();
     }
+    tile = next, next = __shfl_sync(~0u, behind, 0) * gridDim.x + blockIdx.x;
   }
 }
 
@@ -525,12 +651,12 @@ __device__ void search_quickly(const u8* weight, const float* global_scale, uint
 template <typename Input>
 __device__ void error_sums(const u8* weight, const float* global_scale, const uint2* codes, const u8* scales,
                            double* sums, unsigned blocks) {
-  __shared__ double shared[2][kWarps];
+  __shared__ double shared[2][kErrorThreads / 32];
   const float outer = *global_scale;
   double error = 0, size = 0;
 #pragma unroll 1
   for (int i = 0; i < kErrorBlocks; ++i) {
-    const unsigned block = (blockIdx.x * kErrorBlocks + i) * kThreads + threadIdx.x;
+    const unsigned block = (blockIdx.x * kErrorBlocks + i) * kErrorThreads + threadIdx.x;
     if (block >= blocks) break;
     float x[16];
     load<Input>(x, weight, block);
@@ -555,30 +681,29 @@ __device__ void error_sums(const u8* weight, const float* global_scale, const ui
   __syncthreads();
   if (threadIdx.x < 2) {
     double total = 0;
-    for (int warp = 0; warp < kWarps; ++warp) total += shared[threadIdx.x][warp];
+    for (int warp = 0; warp < kErrorThreads / 32; ++warp) total += shared[threadIdx.x][warp];
     sums[2 * blockIdx.x + threadIdx.x] = total;
   }
 }
 
-// `blocks_each`: thread blocks of a multiprocessor, the launcher's BLOCKS.
-#define KERNEL(name, blocks_each, how)                                                                \
-  extern "C" __global__ void __launch_bounds__(kThreads, blocks_each)                                 \
+#define KERNEL(name, search, how)                                                                    \
+  extern "C" __global__ void __launch_bounds__(kThreads[search], 1)                                  \
       name(const u8* weight, const float* global_scale, uint2* codes, u8* scales, unsigned blocks) { \
-    how(weight, global_scale, codes, scales, blocks);                                                 \
+    how(weight, global_scale, codes, scales, blocks);                                                \
   }
 
-KERNEL(smxx_nvfp4_search_bf16_max, 8, (search_quickly<Bf16, kMax>))
-KERNEL(smxx_nvfp4_search_f16_max, 8, (search_quickly<F16, kMax>))
-KERNEL(smxx_nvfp4_search_f32_max, 8, (search_exactly<F32, kMax>))
-KERNEL(smxx_nvfp4_search_bf16_four_six, 6, (search_quickly<Bf16, kFourSix>))
-KERNEL(smxx_nvfp4_search_f16_four_six, 6, (search_quickly<F16, kFourSix>))
-KERNEL(smxx_nvfp4_search_f32_four_six, 6, (search_exactly<F32, kFourSix>))
-KERNEL(smxx_nvfp4_search_bf16_mse, 5, (search_quickly<Bf16, kMse>))
-KERNEL(smxx_nvfp4_search_f16_mse, 5, (search_quickly<F16, kMse>))
-KERNEL(smxx_nvfp4_search_f32_mse, 5, (search_exactly<F32, kMse>))
+KERNEL(smxx_nvfp4_search_bf16_max, kMax, (search_quickly<kMax>))
+KERNEL(smxx_nvfp4_search_f16_max, kMax, (search_exactly<F16, kMax>))
+KERNEL(smxx_nvfp4_search_f32_max, kMax, (search_exactly<F32, kMax>))
+KERNEL(smxx_nvfp4_search_bf16_four_six, kFourSix, (search_quickly<kFourSix>))
+KERNEL(smxx_nvfp4_search_f16_four_six, kFourSix, (search_exactly<F16, kFourSix>))
+KERNEL(smxx_nvfp4_search_f32_four_six, kFourSix, (search_exactly<F32, kFourSix>))
+KERNEL(smxx_nvfp4_search_bf16_mse, kMse, (search_quickly<kMse>))
+KERNEL(smxx_nvfp4_search_f16_mse, kMse, (search_exactly<F16, kMse>))
+KERNEL(smxx_nvfp4_search_f32_mse, kMse, (search_exactly<F32, kMse>))
 
 #define ERROR(name, Input)                                                                                 \
-  extern "C" __global__ void __launch_bounds__(kThreads)                                                   \
+  extern "C" __global__ void __launch_bounds__(kErrorThreads)                                                   \
       name(const u8* weight, const float* global_scale, const uint2* codes, const u8* scales, double* sums, \
            unsigned blocks) {                                                                              \
     error_sums<Input>(weight, global_scale, codes, scales, sums, blocks);                                  \

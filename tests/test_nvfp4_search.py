@@ -104,8 +104,8 @@ def test_kernel_refuses_float64_and_weights_beyond_its_counters():
     assert row(huge[:-1])[1] == "serves"
 
 
-@pytest.mark.parametrize("shape, wanted", [((1, 16), 1), ((128, 16), 1), ((129, 16), 2), ((4096, 4096), 60)])
-def test_a_thread_a_block_up_to_what_the_gpu_holds(monkeypatch, shape, wanted):
+@pytest.mark.parametrize("shape, wanted", [((1, 16), 1), ((32, 16), 1), ((33, 16), 2), ((4096, 4096), 10)])
+def test_a_thread_block_for_a_tile_of_32_blocks_up_to_one_a_multiprocessor(monkeypatch, shape, wanted):
     """What is launched, on CPU tensors whose kernel is left out."""
     from step_kernels.cuda import nvfp4_search
 
@@ -115,7 +115,7 @@ def test_a_thread_a_block_up_to_what_the_gpu_holds(monkeypatch, shape, wanted):
     nvfp4_search.launch(torch.empty(shape, dtype=torch.float16), torch.tensor(1.0), "four-six")
     kernel, grid, threads, *_, blocks = launched[0]
     assert kernel.symbol == "smxx_nvfp4_search_f16_four_six"
-    assert (grid, threads, blocks) == ((wanted, 1, 1), 128, shape[0] * shape[1] // 16)
+    assert (grid, threads, blocks) == ((wanted, 1, 1), 768, shape[0] * shape[1] // 16)
 
 
 def test_error_is_that_of_the_decoded_weights():
@@ -167,6 +167,25 @@ def test_kernels_give_every_bf16_number_the_formats_code_whatever_its_neighbours
 
 @gpu
 @pytest.mark.parametrize("search", nvfp4.SEARCHES)
+def test_kernels_round_as_the_format_next_to_ties_at_the_global_scale_of_any_bf16_amax(search):
+    g = torch.Generator().manual_seed(2)
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    with sk.force("cuda"):
+        for amax in torch.arange(128, 256) / 2048:  # every mantissa
+            scale = nvfp4.global_scale(amax, search)
+            code = torch.randint(8, 127, (512, 1), generator=g)  # the block scale by `max`; ties are a candidate's
+            other = (code + torch.randint(-2, 7, code.shape, generator=g)).clamp(1, 0x7E)
+            max_scale, tied = (c.to(torch.uint8).view(torch.float8_e4m3fn).float() * scale for c in (code, other))
+            x = ties[torch.randint(0, 7, (512, 16), generator=g)] * tied
+            bits = (x.bfloat16().view(torch.int16) + torch.randint(-1, 2, x.shape, generator=g)).short()
+            x = torch.minimum(bits.view(torch.bfloat16), (6 * max_scale).bfloat16())
+            x[:, 0] = (6 * max_scale * (0.94 + 0.12 * torch.rand(512, 1, generator=g)))[:, 0]
+            x *= torch.randint(0, 2, x.shape, generator=g) * 2 - 1
+            assert_same_bits(sk.nvfp4_search(x.cuda(), scale.cuda(), search), reference(x, scale, search), x)
+
+
+@gpu
+@pytest.mark.parametrize("search", nvfp4.SEARCHES)
 @pytest.mark.parametrize("kind", ["gaussian", "t5"])
 def test_kernels_give_the_formats_bits_of_millions_of_blocks_and_the_same_again(kind, search):
     for dtype in (torch.bfloat16, torch.float16):
@@ -203,15 +222,15 @@ def test_kernels_read_any_strides_and_addresses_and_no_weights():
 
 @gpu
 @pytest.mark.parametrize("search", nvfp4.SEARCHES)
-@pytest.mark.parametrize("blocks", [1, 31, 33, 128, 1000])
+@pytest.mark.parametrize("blocks", [1, 31, 33, 1000, 5000])  # up to four tiles a warp
 def test_kernels_write_their_outputs_and_nothing_beside_them(blocks, search):
-    from step_kernels.cuda.nvfp4_search import VARIANTS
+    from step_kernels.cuda.nvfp4_search import THREADS, VARIANTS
 
     scale = torch.tensor(3e-5, device="cuda")
     for dtype in FLOATS:
         x = weights("gaussian", blocks, 16).to("cuda", dtype)
         codes, scales = (torch.full((blocks + 2, n), 0xA5, dtype=torch.uint8, device="cuda") for n in (8, 1))
-        VARIANTS[dtype, search].launch((2, 1, 1), 128, x, scale, codes[1:], scales[1:], blocks)
+        VARIANTS[dtype, search].launch((2, 1, 1), THREADS[search], x, scale, codes[1:], scales[1:], blocks)
         wanted = reference(x, scale, search)
         assert torch.equal(codes[1:-1], wanted[0]) and torch.equal(scales[1:-1], wanted[1].view(torch.uint8))
         assert all((t[0] == 0xA5).all() and (t[-1] == 0xA5).all() for t in (codes, scales))

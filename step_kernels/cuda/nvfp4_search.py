@@ -8,8 +8,7 @@ from torch import Tensor
 from .. import nvfp4
 from .driver import Kernel, multiprocessors
 
-THREADS = 128
-BLOCKS = {"max": 8, "four-six": 6, "mse": 5}  # on a multiprocessor at once, as their registers allow
+THREADS = {"max": 1024, "four-six": 768, "mse": 640}
 MOST_WEIGHTS = 2**34  # blocks of 16 fewer than 2^30, so that a step past the end stays below 2^32
 _INPUTS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 VARIANTS = {
@@ -20,7 +19,7 @@ VARIANTS = {
 ERRORS = {
     dtype: Kernel("smxx_nvfp4_search", f"smxx_nvfp4_search_error_{name}", "PPPPPi") for dtype, name in _INPUTS.items()
 }
-ERROR_BLOCKS = 4  # blocks of 16 a thread
+ERROR_THREADS, ERROR_BLOCKS = 128, 4  # blocks of 16 a thread
 
 
 def refuse(x: Tensor) -> str | None:
@@ -40,19 +39,19 @@ def launch(x: Tensor, global_scale: Tensor, search: str) -> tuple[Tensor, Tensor
     if blocks == 0:
         return codes, scales
     x = _aligned(x)
-    grid = min(-(-blocks // THREADS), BLOCKS[search] * multiprocessors(x.device.index))
-    VARIANTS[x.dtype, search].launch((grid, 1, 1), THREADS, x, global_scale, codes, scales, blocks)
+    grid = min(-(-blocks // 32), multiprocessors(x.device.index))
+    VARIANTS[x.dtype, search].launch((grid, 1, 1), THREADS[search], x, global_scale, codes, scales, blocks)
     return codes, scales
 
 
 def launch_error(x: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
     """As `launch` takes and gives them -> f64 [2]: squared error, squared size."""
     blocks = scales.numel()
-    grid = -(-blocks // (ERROR_BLOCKS * THREADS))
+    grid = -(-blocks // (ERROR_BLOCKS * ERROR_THREADS))
     sums = x.new_empty(grid, 2, dtype=torch.float64)
     if blocks:
         codes, scales = _aligned(codes), scales.contiguous()
-        ERRORS[x.dtype].launch((grid, 1, 1), THREADS, _aligned(x), global_scale, codes, scales, sums, blocks)
+        ERRORS[x.dtype].launch((grid, 1, 1), ERROR_THREADS, _aligned(x), global_scale, codes, scales, sums, blocks)
     return sums.sum(0)
 
 
