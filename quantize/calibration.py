@@ -84,7 +84,8 @@ class Calibration:
             tap = Tap(self, leaders, inputs)
             layer, peaks = DecoderLayer(Tapped(self.weights, tap), index, self.config), torch.zeros(2, device=device)
             for i, hidden in enumerate(self.hidden):
-                self.hidden[i] = self._run(layer, hidden, peaks)  # first the source's, then what is compared with it
+                # the source's first, then what is compared with it
+                self.hidden[i] = self._run(layer, hidden, peaks).cpu()
                 if self.quantized is not None:
                     self._run(layer, self.quantized[i], peaks)
             del layer
@@ -98,23 +99,25 @@ class Calibration:
             found.sums = found.moved = None  # 38 GB of a layer of 288 experts
         tap = Tap(self, tap.leaders, {}, before=tap)
         layer = DecoderLayer(Tapped(self.weights, tap), index, self.config)
-        left = torch.empty(sum(map(len, self.hidden)), self.config.hidden_size, device=self.weights.device)
-        parts = left.split([len(hidden) for hidden in self.hidden])
+        device, tokens = self.weights.device, [len(hidden) for hidden in self.hidden]
+        lacks = torch.empty(sum(tokens) if tap.inputs else 0, self.config.hidden_size, device=device)  # 17 GB at most
         for i, hidden in enumerate(self.quantized):
-            self.quantized[i] = self._run(layer, hidden, peaks)
-            parts[i].copy_(self.hidden[i].float() - self.quantized[i].float())
+            out = self._run(layer, hidden, peaks)
+            if tap.inputs:
+                lacks.split(tokens)[i].copy_(self.hidden[i].to(device).float() - out)
+            self.quantized[i] = out.cpu()
         del layer
         for shared in tap.inputs.values():
-            shared.share(tap.experts, tap.before.experts.same, left)
+            shared.share(tap.experts, tap.before.experts.same, lacks)
             yield index, _finished(tap.inputs), peaks
-            for i, lacks in enumerate(parts):
-                self.quantized[i] = (self.hidden[i].float() - lacks.cpu()).to(self.weights.dtype)
+            for i, left in enumerate(lacks.split(tokens)):
+                self.quantized[i] = (self.hidden[i].to(device).float() - left).to(self.weights.dtype).cpu()
 
     def _run(self, layer: DecoderLayer, hidden: Tensor, peaks: Tensor) -> Tensor:
         device = self.weights.device
         context = _Peaks(len(hidden) // self.length, self.length, device, peaks)
         x, addends = layer(hidden.to(device), (), context)
-        return sum(addends, x).cpu()
+        return sum(addends, x)
 
 
 def _finished(inputs: dict[str, Inputs]) -> dict[str, Inputs]:
