@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ GPTQ = "gptq"  # the search whose weights lean on those before them
 # Other text may hold larger inputs. Up to 16 times too much range costs nothing, half of what is wanted 16 to 39 % of
 # error: block scales have the precision of e4m3 over many octaves, but saturate.
 HEADROOM = 2.0
+_VISITS = 32768  # of an expert at once: its f32 outputs are 0.5 GB, and one may see all tokens
 
 
 class Inputs:
@@ -93,22 +95,24 @@ class Shared(Inputs):
         self.same, self.visits = torch.cat(same), _visits(ids, experts.count)
 
     def wanted(self, begin: int, end: int, weight: Tensor, hessians: Tensor) -> Tensor:
-        pulls = []
-        for e in range(begin, end):
-            token, inner = self._inner(e)
-            pulls.append((self.left[token] * self.same[token, None]).mT @ inner)
-        return fitted(weight, shrunk(torch.stack(pulls), self.tokens[begin:end]), hessians)
+        pulls = torch.zeros(weight.shape, device=weight.device)
+        for e, pull in enumerate(pulls, begin):
+            for token, inner in self._inner(e):
+                pull += (self.left[token] * self.same[token, None]).mT @ inner
+        return fitted(weight, shrunk(pulls, self.tokens[begin:end]), hessians)
 
     @torch.inference_mode()
     def take(self, begin: int, name: str, weight: Tensor, decoded: Tensor) -> None:
         for e, change in enumerate(weight.float() - decoded, begin):
-            token, inner = self._inner(e)
-            self.left.index_add_(0, token, inner @ change.mT)
+            for token, inner in self._inner(e):
+                self.left.index_add_(0, token, inner @ change.mT)
 
-    def _inner(self, e: int) -> tuple[Tensor, Tensor]:
+    def _inner(self, e: int) -> Iterator[tuple[Tensor, Tensor]]:
         """An expert's tokens, and its inputs f32 [tokens, k] times what the router weights its outputs by."""
-        token, weight = _tokens(self.visits[e], self.weights)
-        return token, self.experts.inner(e, self.x[token]).float() * weight
+        visits = self.visits[e]
+        for some in visits.split(_VISITS) if len(visits) else ():
+            token, weight = _tokens(some, self.weights)
+            yield token, self.experts.inner(e, self.x[token]).float() * weight
 
 
 class Tap:

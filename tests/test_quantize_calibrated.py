@@ -29,10 +29,11 @@ MOE = [i for i, layer in enumerate(CONFIG.layers) if layer.moe]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_order():
-    """Of columns; with four gptq takes 20 s for the bundled model."""
+def small():
+    """One order of columns; with four gptq takes 20 s for the bundled model. An expert's tokens in several parts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("quantize.hessian.STARTS", 1)
+        patch.setattr("quantize.inputs._VISITS", 8)  # of 1 to 58
         yield
 
 
