@@ -8,6 +8,8 @@
 // that leaves one scale to 89 % of Gaussian blocks. The others wait in a queue of their warp until they are 32, a full
 // warp's work; then f32 compares the scales that are left as the specification says. f16 and f32 weights have f32
 // alone.
+// What holds `mse` on an H200: ports of registers, two reads a clock of a scheduler. A warp's tile is 715 instructions,
+// which read 1360 registers and take 920 clocks. `max` is held by memory.
 // Bytes: of 16 weights 32 (64 in f32) in, 9 out.
 // Waiting: none but a warp's own.
 //

@@ -69,7 +69,9 @@ class Inputs:
         return fitted(weight, weight.float() @ moved, hessians)
 
     def take(self, begin: int, name: str, weight: Tensor, decoded: Tensor) -> None:
-        """Notes what became of a weight of experts from `begin` on, [experts, n, k] twice."""
+        """Notes for gptq what became of a weight of experts from `begin` on, [experts, n, k] twice."""
+        if self.sums.dim() != 3:
+            return
         if name not in self.decoded:
             held = decoded.new_empty(len(self.tokens), *weight.shape[1:], dtype=self.dtype)
             if held.is_cuda:  # its memory may be in use yet on this lane's stream, and all lanes write there

@@ -9,7 +9,7 @@ import torch
 from small_checkpoint import read
 from test_model import tokens
 
-from quantize import Settings, run
+from quantize import Settings, lanes, run
 from quantize.calibration import Calibration, read_tokens
 from quantize.convert import STATE
 from quantize.hessian import gptq, local_gptq
@@ -125,6 +125,20 @@ def test_weights_make_up_for_what_was_quantized_before_them(made, data, tmp_path
     ids = read_tokens(data, BUNDLED, CONFIG)
     source, ours, alone = (hidden(folder, ids) for folder in (BUNDLED, made["gptq"], tmp_path / "alone"))
     assert (ours - source).norm() < 0.9 * (alone - source).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "search, devices", [("gptq", ["cuda:0"]), ("hessian", ["cuda:0"]), ("hessian", ["cuda:0", "cpu"])]
+)
+def test_gpu_errs_no_more_than_the_cpu(made, data, tmp_path, monkeypatch, search, devices):
+    """It runs the tokens in bfloat16, so that other weights come out."""
+    monkeypatch.setattr(lanes, "devices", lambda names: [torch.device(name) for name in devices])
+    settings = Settings(search=search, calibration=data, kv_scales="calibrated")
+    assert run(BUNDLED, tmp_path / "gpu", settings, device="cuda").problems == []
+    ids = read_tokens(data, BUNDLED, CONFIG)
+    source, cpu, gpu = (hidden(folder, ids) for folder in (BUNDLED, made[search], tmp_path / "gpu"))
+    assert (gpu - source).norm() < 1.1 * (cpu - source).norm()
 
 
 def test_verify_allows_gptq_what_it_departs_from_the_weights_and_no_more(made):

@@ -98,3 +98,10 @@ def test_every_gpu_writes_the_bytes_of_one_and_of_the_cpu(source, converted, tmp
     for i, name in enumerate(names):
         run(source, tmp_path / str(i), device=name)
         assert contents(tmp_path / str(i)) == contents(converted)
+
+
+@pytest.mark.gpu
+def test_lanes_of_two_devices_write_the_bytes_of_one(source, converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(lanes, "devices", lambda names: [torch.device("cuda", 0), torch.device("cpu")])
+    run(source, tmp_path / "both", device="cuda")
+    assert contents(tmp_path / "both") == contents(converted)
