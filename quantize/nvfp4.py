@@ -62,6 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
         begun = (Path(options.target) / STATE).exists()
         print(f"error: {e}" + (f"; to go on: {again}" if begun else ""), file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError as e:
+        what = str(e).partition(". ")[0]
+        print(f"error: {options.device}: {what}; to go on where there is more: {again}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"interrupted; to go on: {again}", file=sys.stderr)
         return 130

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from small_checkpoint import PROJECTIONS, TEXT, contents, refused, tensors_of, write_source
 
 import quantize.shards
@@ -113,13 +114,24 @@ def test_resume_with_other_settings_or_source_is_refused(source, tmp_path, monke
     assert "no stopped conversion" in refused(capsys, 2, source, tmp_path / "out", "--resume", "--search", "max")
 
 
-def test_interrupt_says_how_to_go_on(source, tmp_path, monkeypatch, capsys):
-    def interrupt(*args):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    "code, error, line",
+    [
+        (130, KeyboardInterrupt(), "interrupted; to go on"),
+        (
+            1,
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."),
+            "error: cpu: CUDA out of memory; to go on where there is more",
+        ),
+    ],
+)
+def test_a_stop_says_how_to_go_on(source, tmp_path, monkeypatch, capsys, code, error, line):
+    def stop(*args):
+        raise error
 
-    monkeypatch.setattr(quantize.shards.os, "pwrite", interrupt)
-    line = refused(capsys, 130, source, tmp_path / "out")
-    assert line == f"interrupted; to go on: python -m quantize.nvfp4 {source} {tmp_path / 'out'} --resume\n"
+    monkeypatch.setattr(quantize.shards.os, "pwrite", stop)
+    again = f"python -m quantize.nvfp4 {source} {tmp_path / 'out'} --resume"
+    assert refused(capsys, code, source, tmp_path / "out") == f"{line}: {again}\n"
 
 
 def test_index_is_renamed_last_after_both_metadata_files(source, tmp_path, monkeypatch):
