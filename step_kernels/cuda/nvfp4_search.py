@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import nvfp4
 from .driver import Kernel, multiprocessors
 
-THREADS = {"max": 1024, "four-six": 768, "mse": 640}
+THREADS = {"max": 1024, "four-six": 768, "mse": 640}  # one thread block fills a multiprocessor
 MOST_WEIGHTS = 2**34  # blocks of 16 fewer than 2^30, so that a step past the end stays below 2^32
 _INPUTS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 VARIANTS = {
