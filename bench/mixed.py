@@ -47,9 +47,6 @@ def rivals(damages: dict, options: dict, room: float) -> dict[str, dict[str, str
 def report(calibration: str, documents: int | None) -> None:
     """Prints Markdown, each line when it is known."""
     source, cpu = resolve_source(BUNDLED), torch.device("cpu")
-    reference = Step3p7.from_pretrained(source, cpu, torch.float32)
-    tokens = encoded(Chat(source, reference.config), reference.config, heldout(documents)[0])
-    hidden, texts = read_text(reference, "model", tokens), {}
 
     def plan(bits: float, damages: dict | None = None) -> Plan:
         settings = quantize.Settings(recipe="mixed", bits=bits, calibration=calibration)
@@ -60,6 +57,9 @@ def report(calibration: str, documents: int | None) -> None:
 
     damages = plan(EQUAL).damages
     options, weights = more_bits(make_plan(Checkpoint(source), quantize.Settings("linears")))
+    reference = Step3p7.from_pretrained(source, cpu, torch.float32)
+    tokens = encoded(Chat(source, reference.config), reference.config, heldout(documents)[0])
+    hidden, texts = read_text(reference, "model", tokens), {}
     rows = rivals(damages, options, (EQUAL - NVFP4_BITS) * weights)
     pairs = {name: EQUAL if "random" in name else round(bits(rows[name]), 3) for name in rows if name not in ENDS}
     for budget in sorted({*BITS, *pairs.values()}):
@@ -90,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("calibration", metavar="FILE", help="a text, as quantize.nvfp4 --calibration takes it")
     parser.add_argument("--documents", type=int, metavar="N", help="only the first of the held-out documents")
     options = parser.parse_args(arguments)
+    if options.documents is not None and options.documents < 1:
+        parser.error(f"--documents: got {options.documents}, wanted at least 1")
     try:
         report(options.calibration, options.documents)
     except (CheckpointError, quantize.UsageError) as error:

@@ -70,9 +70,9 @@ class Calibration:
         self.weights = Weights(checkpoint, device, dtype)
         table = self.weights.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         step = max(1, _AT_ONCE[device.type] // self.length)
-        self.hidden = [_kept(table[ids.to(device)].flatten(0, 1)) for ids in tokens.split(step)]
+        self.hidden = [_kept(table[ids.to(device)].flatten(0, 1), device) for ids in tokens.split(step)]
         # behind the same layers, quantized
-        self.quantized = [_kept(hidden) for hidden in self.hidden] if search == GPTQ else None
+        self.quantized = [_kept(hidden, device) for hidden in self.hidden] if search == GPTQ else None
 
     @torch.inference_mode()
     def layers(self, leaders: set[str], progress: bool = False) -> Iterator[tuple[int, dict[str, Inputs], Tensor]]:
@@ -122,9 +122,9 @@ class Calibration:
         return sum(addends, x)
 
 
-def _kept(hidden: Tensor) -> Tensor:
-    """A copy in host memory; where there is a GPU, such as it reads and writes ten times as fast."""
-    return torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=torch.cuda.is_available()).copy_(hidden)
+def _kept(hidden: Tensor, device: torch.device) -> Tensor:
+    """A copy in host memory, for a GPU such as it reads and writes ten times as fast."""
+    return torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=device.type == "cuda").copy_(hidden)
 
 
 def _finished(inputs: dict[str, Inputs]) -> dict[str, Inputs]:

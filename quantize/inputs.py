@@ -26,12 +26,12 @@ class Inputs:
     """What one weight is multiplied by, summed over the tokens; of each expert where there are several.
 
     `tokens` f32 [experts], `amax` f32 [], and with `search` hessian or gptq `sums`: of x x^T, f32 [experts, ...].
-    For gptq also `moved`, of (source's x - x) x^T, and `decoded`, by name `dtype` [experts, n, k]: what became of the
-    weights.
+    For gptq these are `whole`, [k, k]; also `moved`, of (source's x - x) x^T, and `decoded`, by name `dtype`
+    [experts, n, k]: what became of the weights.
     """
 
     def __init__(self, k: int, search: str, experts: int, device: torch.device, dtype: torch.dtype = torch.float32):
-        self.dtype = dtype
+        self.dtype, self.whole = dtype, search == GPTQ
         self.tokens, self.amax = torch.zeros(experts, device=device), torch.zeros((), device=device)
         shape = {"hessian": (k // 16, 16, 16), GPTQ: (k, k)}.get(search)
         self.sums = None if shape is None else torch.zeros((experts, *shape), device=device)
@@ -46,7 +46,7 @@ class Inputs:
         self.amax = torch.maximum(self.amax, x.abs().amax().float())
         if self.sums is not None:
             seen = x if share is None else x.float() * share
-            self.sums[expert] += products(seen) if self.sums.dim() == 3 else block_hessians(seen)
+            self.sums[expert] += products(seen) if self.whole else block_hessians(seen)
         if moved is not None:
             if self.moved is None:
                 self.moved = torch.zeros_like(self.sums)
@@ -70,7 +70,7 @@ class Inputs:
 
     def take(self, begin: int, name: str, weight: Tensor, decoded: Tensor) -> None:
         """Notes for gptq what became of a weight of experts from `begin` on, [experts, n, k] twice."""
-        if self.sums.dim() != 3:
+        if not self.whole:
             return
         if name not in self.decoded:
             held = decoded.new_empty(len(self.tokens), *weight.shape[1:], dtype=self.dtype)
@@ -200,7 +200,8 @@ class _Experts:
             if len(chosen) == 0:
                 continue
             token, weight = _tokens(chosen, weights)
-            mine, inner = x[token], self.inner(e, x[token])
+            mine = x[token]
+            inner = self.inner(e, mine)
             if notes and self.gate_up:
                 self.gate_up.add(mine, e, None if moved is None else moved[token])
             if notes and self.down:

@@ -134,7 +134,7 @@ def quantize_for_inputs(
     hessians = inputs.hessians(begin, end).to(device)
     try:
         wanted = inputs.wanted(begin, end, x, hessians)
-        packed, chosen = (gptq if hessians.dim() == 3 else local_gptq)(wanted, scales, hessians)
+        packed, chosen = (gptq if inputs.whole else local_gptq)(wanted, scales, hessians)
     except torch.linalg.LinAlgError as e:
         raise CheckpointError(f"{first}: its inputs' Hessian cannot be factored: {e}") from None
     parts = zip(group.weights, *(t.split(rows, 1) for t in (x, packed, chosen)), tops, outputs)

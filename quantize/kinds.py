@@ -11,15 +11,15 @@ from step_kernels.model.checkpoint import DTYPES, Entry, canonical
 from .layout import FP8, NVFP4, fp8_bytes, layer_number, nvfp4_bytes
 from .plan import Plan
 
-_RECIPE = "not in recipe {recipe}"
+_LEFT = "left"  # by the recipe, or by what was chosen in its place
 # Kind, what its canonical names hold, and what keeps it in the source's precision.
 _RULES = (
     ("vision", r"vision_model|vit_large_projector", "engines build it unquantized"),
     ("routed experts", r"\.moe\.(gate|up|down)_proj\.", ""),
-    ("share expert", r"\.share_expert\.", _RECIPE),
-    ("dense MLP", r"\.mlp\.", _RECIPE),
+    ("share expert", r"\.share_expert\.", _LEFT),
+    ("dense MLP", r"\.mlp\.", _LEFT),
     ("attention's g_proj", r"\.self_attn\.g_proj\.", "engines build it unquantized; small"),
-    ("attention", r"\.self_attn\.[qkvo]_proj\.", _RECIPE),
+    ("attention", r"\.self_attn\.[qkvo]_proj\.", _LEFT),
     ("router", r"\.moe\.", "small; it chooses the experts"),
     ("embedding", r"embed_tokens", "rows are looked up, not multiplied"),
     ("lm_head", r"lm_head", "only on request"),
@@ -49,6 +49,7 @@ class Kind:
 def kinds(plan: Plan) -> list[Kind]:
     """All of the source's tensors, and the scalars that are added; `result` adds up to the bytes of the output's."""
     sums: dict[tuple[str, str, str], list[int]] = {}
+    left = f"not in recipe {plan.settings.recipe}" if plan.is_by_recipe else "chosen to stay"
 
     def count(name: str, precision: str, why: str, *numbers: int) -> None:
         row = sums.setdefault((name, precision, why), [0, 0, 0, 0])
@@ -63,6 +64,7 @@ def kinds(plan: Plan) -> list[Kind]:
     names = {dtype: name for name, dtype in DTYPES.items()}
     for entry, _, _ in plan.copies:
         name, why = _kind(plan, canonical(entry.stored_name))
+        why = left if why == _LEFT else why
         count(name, names[entry.dtype], why, 1, math.prod(entry.shape), _size(entry), _size(entry))
     scalars = sum(math.prod(plan.shards[c.file][c.name][1]) for c in plan.constants)
     count(_SCALES[0], "F32", _SCALES[1], len(plan.constants), 0, 0, 4 * scalars)
@@ -75,10 +77,7 @@ def _kind(plan: Plan, name: str) -> tuple[str, str]:
     layer = layer_number(name)
     if layer is not None and layer >= plan.config.num_layers:
         return _MTP_REST if plan.settings.mtp else _MTP
-    kind, why = next((kind, why) for kind, pattern, why in _RULES if re.search(pattern, name))
-    return kind, why.format(recipe=plan.settings.recipe) if plan.is_by_recipe else why.replace(
-        _RECIPE, "chosen to stay"
-    )
+    return next((kind, why) for kind, pattern, why in _RULES if re.search(pattern, name))
 
 
 def _size(entry: Entry) -> int:

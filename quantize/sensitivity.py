@@ -153,8 +153,8 @@ def _layer(run: Calibration, index: int, groups: list[tuple[str, ...]], search: 
             values = dict(zip(group, decoded([plain[name] for name in group], search)))
             changed[group[0], precision] = made(values.get)
     sums, tokens = dict.fromkeys(changed, 0.0), sum(map(len, run.hidden))
-    for i, hidden in enumerate(run.hidden):
-        hidden, context = hidden.to(device), WholeSequences(len(hidden) // run.length, run.length, device)
+    for kept in run.hidden:
+        hidden, context = kept.to(device), WholeSequences(len(kept) // run.length, run.length, device)
         normed, attended, out = _parts(layer, hidden, context)
         behind = hidden.float() + attended + out
         for (leader, precision), other in changed.items():
@@ -165,7 +165,7 @@ def _layer(run: Calibration, index: int, groups: list[tuple[str, ...]], search: 
                 before, now = (getattr(ffn, "share", ffn)(normed).float() for ffn in (layer.ffn, other.ffn))
                 change = now - before
             sums[leader, precision] += float((change.square().sum(-1) / behind.square().sum(-1)).sum())
-        run.hidden[i] = behind.to(hidden.dtype).cpu()
+        kept.copy_(behind.to(kept.dtype))
     return {
         group[0]: {SOURCE: 0.0} | {precision: sums[group[0], precision] / tokens for precision in _DECODED}
         for group in groups

@@ -13,7 +13,6 @@ from quantize.nvfp4 import main
 from step_kernels.model.checkpoint import INDEX
 from step_kernels.model.config import StepConfig
 
-BLOCKS_OF_128 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 PROJECTIONS = [p for group in GROUPS for p in group]
 # 192 and 144 are multiples of 16 but not of FP8's 128.
 TEXT = {
@@ -42,18 +41,6 @@ def tensors_of(text: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     shapes = tensor_shapes(config) | expert_shapes(config)
     tensors = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
     return {name: t if name.endswith("router_bias") else t.bfloat16() for name, t in tensors.items()}
-
-
-def fp8_and_plain(tensors: dict, names: set[str] | list[str]) -> tuple[dict, dict]:
-    """A source with these linears in FP8, a scale for 128 x 128 weights, and one with what they decode to, in f32."""
-    fp8, plain = dict(tensors), dict(tensors)
-    for name in names:
-        n, k = tensors[name].shape
-        inverse = torch.rand(-(-n // 128), -(-k // 128), generator=torch.Generator().manual_seed(n)) * 1e-3 + 1e-4
-        fp8[name] = (tensors[name].float() * 1000).to(torch.float8_e4m3fn)
-        fp8[f"{name}_scale_inv"] = inverse
-        plain[name] = fp8[name].float() * inverse.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
-    return fp8, plain
 
 
 def write_source(folder: Path, text: dict, tensors: dict[str, torch.Tensor]) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_checkpoint import BLOCKS_OF_128, TEXT, contents, fp8_and_plain, raw, read, tensors_of, write_source
+from small_checkpoint import TEXT, contents, raw, read, tensors_of, write_source
 from test_model import tokens
 from test_quantize_resume import Killed, killed_at
 from test_verify import edit_json, f32, overwrite
@@ -241,19 +241,6 @@ def test_pieces_of_any_size_and_stopped_runs_give_the_same_bytes(source, rest, t
         run(source, folder, REST, resume=True)
         assert contents(folder) == contents(rest / "modelopt")
     assert kills >= 3
-
-
-def test_fp8_sources_give_the_bytes_of_their_dequantized_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(quantize.matrices, "_PIECE", 1)  # pieces of 128 rows: an intermediate size of 208 has two
-    text = TEXT | {"intermediate_size": 208}
-    blocks, plain = fp8_and_plain(tensors_of(text, seed=1), TRUNK)
-    source = write_source(tmp_path / "source", text | BLOCKS_OF_128, blocks)
-    assert run(source, tmp_path / "a", REST).problems == []
-    run(write_source(tmp_path / "plain", text, plain), tmp_path / "b", REST)
-    a, b = read(tmp_path / "a"), read(tmp_path / "b")
-    assert a.keys() == b.keys() and all(raw(a[n]) == raw(b[n]) for n in a)
-    report = verify(tmp_path / "a", source)
-    assert report.problems == [] and report.measured.sums["mlp.up_proj FP8"]["stored"] > 0
 
 
 def test_rows_of_zeros_are_exact_and_rows_too_small_for_a_scale_are_refused_by_name(tmp_path):

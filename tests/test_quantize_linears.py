@@ -8,23 +8,14 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_checkpoint import (
-    BLOCKS_OF_128,
-    TEXT,
-    contents,
-    fp8_and_plain,
-    raw,
-    read,
-    refused,
-    tensors_of,
-    write_source,
-)
+from small_checkpoint import TEXT, contents, raw, read, refused, tensors_of, write_source
 from test_quantize_resume import Killed, killed_at
 
 import quantize.matrices
 from quantize import Settings, UsageError, run
 from quantize.nvfp4 import main
 from quantize.plan import make_plan, resolve_source
+from quantize.verify import verify
 from step_kernels import nvfp4
 from step_kernels.model import Step3p7
 from step_kernels.model.checkpoint import INDEX, Checkpoint, CheckpointError
@@ -120,15 +111,26 @@ def test_linears_bytes_equal_modelopts_quantizer_and_decoder(source, tmp_path):
         assert torch.equal(decoded, nvfp4.dequantize(codes, scales, scale))
 
 
-def test_fp8_linears_give_the_bytes_of_their_dequantized_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("settings, suffix", [(LINEARS, ""), (Settings(rest="fp8"), " FP8")], ids=["nvfp4", "fp8"])
+def test_linears_of_fp8_sources_become_what_their_dequantized_weights_do(tmp_path, monkeypatch, settings, suffix):
     monkeypatch.setattr(quantize.matrices, "_PIECE", 1)  # pieces of 128 rows: an intermediate size of 208 has two
     text = TEXT | {"intermediate_size": 208}
-    fp8, plain = fp8_and_plain(tensors_of(text, seed=1), NAMES)
-    fp8_source = write_source(tmp_path / "fp8", text | BLOCKS_OF_128, fp8)
-    assert run(fp8_source, tmp_path / "a", LINEARS).problems == []
-    run(write_source(tmp_path / "plain", text, plain), tmp_path / "b", LINEARS)
+    tensors = tensors_of(text, seed=1)
+    fp8, plain = dict(tensors), dict(tensors)
+    for name in NAMES:
+        n, k = tensors[name].shape
+        inverse = torch.rand(-(-n // 128), -(-k // 128), generator=torch.Generator().manual_seed(n)) * 1e-3 + 1e-4
+        fp8[name] = (tensors[name].float() * 1000).to(torch.float8_e4m3fn)
+        fp8[f"{name}_scale_inv"] = inverse
+        plain[name] = fp8[name].float() * inverse.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+    quantization = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    fp8_source = write_source(tmp_path / "fp8", text | quantization, fp8)
+    assert run(fp8_source, tmp_path / "a", settings).problems == []
+    run(write_source(tmp_path / "plain", text, plain), tmp_path / "b", settings)
     a, b = read(tmp_path / "a"), read(tmp_path / "b")
     assert a.keys() == b.keys() and all(raw(a[n]) == raw(b[n]) for n in a)
+    report = verify(tmp_path / "a", fp8_source)
+    assert report.problems == [] and report.measured.sums[f"mlp.up_proj{suffix}"]["stored"] > 0
     with pytest.raises(CheckpointError, match="no rule says|dtype F8_E4M3, wanted BF16"):
         run(fp8_source, tmp_path / "c")
 

@@ -12,7 +12,7 @@ from small_checkpoint import contents, read
 from test_model import tokens
 from test_quantize_resume import Killed, killed_at
 
-from bench.mixed import rivals
+from bench.mixed import main, rivals
 from quantize import Settings, UsageError, run
 from quantize.charts import precisions
 from quantize.figures import Figures
@@ -207,3 +207,19 @@ def test_precisions_at_random_fill_the_room_that_the_measured_ones_have(damages)
         if "random" in name:
             left = [options[leader]["fp8"] for leader, precision in chosen.items() if precision == "nvfp4"]
             assert more <= room < more + min(left)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--documents", "-3"], "--documents: got -3, wanted at least 1"),
+        (["nowhere.txt"], "nowhere.txt: not readable"),
+    ],
+)
+def test_unusable_arguments_of_the_bench_are_one_line(capsys, arguments, message):
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    text = capsys.readouterr().err
+    assert status and text.startswith(f"error: {message}") and text.count("\n") == 1
